@@ -1,0 +1,59 @@
+# Needs Python >= 3.11 and GNU Make >= 4. The checkout's path must have no spaces in it.
+#   make PYTHON=/path/to/python3.12 ...   makes .venv with another Python than the `python3` on PATH
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Named by content, so that a checkout's new timestamps install nothing and another pyproject.toml does.
+STAMP := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
+
+.PHONY: help install quickstart test check bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Make .venv and install everything into it (once for each pyproject.toml; 3 to 7 minutes, 8 GB)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: got $$($(PYTHON) --version 2>&1) as $(PYTHON); expected Python >= 3.11; fix: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments; fix: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (3 to 7 minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@rm -f .venv/.installed-*
+	@touch $@
+
+quickstart: install ## Train a small model on real photographs, release it, upsample a held-out one (about 10 minutes)
+	@$(BIN)/linearsr run pipelines/quickstart.yaml --profile pipelines/profiles/local.yaml
+	@$(BIN)/linearsr upscale "$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("skimage").submodule_search_locations[0])')/data/coffee.png" \
+	  runs/quickstart/coffee-x4.png --model models:/linearsr-quickstart@champion --storage runs
+	@echo "Picture:  runs/quickstart/coffee-x4.png"
+	@echo "Report:   runs/quickstart/report.html"
+	@echo "MLflow:   $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
+
+# One thread a process: workers of one test share the cores, and sums come out in the same order everywhere.
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: check ## Everything CI checks: `make check`, then every test that needs no GPU (under 30 minutes)
+	@$(BIN)/python -m pytest -m "not gpu" $(wildcard tests/unit tests/contracts tests/distributed tests/chaos)
+
+check: install ## Lint, formatting, types, import directions
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+bench: install ## Benchmarks: what the platform costs over a bare loop
+	@$(BIN)/python -m pytest tests/benchmarks
+
+clean: ## Remove caches and builds; keep .venv and runs
+	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

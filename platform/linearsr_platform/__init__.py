@@ -1,0 +1,1 @@
+"""The platform: recipes, data, distributed training, tracking and release of LinearSR models."""

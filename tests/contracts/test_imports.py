@@ -1,0 +1,55 @@
+"""What an import may bring with it. import-linter holds the directions; these hold what is only seen by running."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "ray", "mlflow", "deepspeed", "webdataset", "pyiqa", "transformers")
+LIGHT = [
+    "linearsr",
+    "linearsr.config",
+    "linearsr.experts",
+    "linearsr_platform",
+    "linearsr_platform.errors",
+    "linearsr_platform.storage",
+    "linearsr_platform.recipe.schema",
+    "linearsr_platform.recipe.load",
+    "linearsr_platform.recipe.identity",
+    "linearsr_platform.cli.app",
+]
+
+
+def _python(code: str, root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_module_imports_nothing_heavy(module: str, root: Path) -> None:
+    done = _python(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])", root)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_the_method_runs_without_the_platform_and_its_dependencies(root: Path) -> None:
+    absent = ["linearsr_platform", "ray", "mlflow", "deepspeed", "webdataset", "pyiqa", "pydantic", "typer", "rich", "yaml"]
+    modules = sorted(f"linearsr.{path.stem}" for path in (root / "linearsr").glob("*.py") if path.stem != "__init__")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(modules)}"
+    done = _python(code, root)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_standard_library_wins_over_our_platform_folder(root: Path) -> None:
+    done = _python("import uuid, platform; print(platform.python_version())", root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == sys.version.split()[0]
+
+
+@pytest.mark.parametrize("missing", ["typer", "pydantic"])
+def test_the_command_line_names_the_extra_that_is_missing(missing: str, root: Path) -> None:
+    arguments = ["linearsr", "check", "pipelines/quickstart.yaml"]
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = {arguments}; from linearsr_platform.cli.app import main; main()"
+    done = _python(code, root)
+    assert done.returncode == 2
+    assert "linearsr[platform]" in done.stderr
+    assert "Traceback" not in done.stderr
