@@ -1,0 +1,75 @@
+"""Samplers as pure functions of a denoiser and a list of noise levels.
+
+A denoiser maps (z_t, t) to an estimate of z_0. Latents and the solver's state stay in float32.
+Source: method.md 1.5, 1.6, 3.7.
+"""
+
+from collections.abc import Callable, Sequence
+from math import expm1, log
+
+from torch import Tensor
+
+from linearsr.config import SamplerConfig
+from linearsr.flow import shift_time
+
+Denoiser = Callable[[Tensor, float], Tensor]
+
+
+def sampling_times(config: SamplerConfig, shift: float) -> tuple[float, ...]:
+    """Return the descending noise levels at which the network runs; the path then ends at 0, which is not listed.
+
+    Without explicit times: the shifted uniform grid u_i = 1 - i / N.
+    """
+    if config.times is not None:
+        return config.times
+    return tuple(shift_time(1 - i / config.num_steps, shift) for i in range(config.num_steps))
+
+
+def sample_euler(denoise: Denoiser, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """Follow the flow by Euler steps from `noise` at times[0] to 0 and return z_0, (B, c, H, W)."""
+    z = noise
+    for now, after in zip(times, (*times[1:], 0.0), strict=True):
+        clean = denoise(z, now)
+        # z + (t' - t) v with v = (z - z_0) / t, written so that the last step returns the estimate itself.
+        z = clean + (after / now) * (z - clean)
+    return z
+
+
+def sample_dpm_solver_2m(denoise: Denoiser, noise: Tensor, times: Sequence[float], expert_of: Callable[[float], int]) -> Tensor:
+    """Follow the flow by DPM-Solver++(2M) and return z_0, (B, c, H, W).
+
+    The first and last steps are of first order, and so is each step after a switch of experts: an estimate of another
+    network is no history. Source: method.md 1.5, 3.7.
+    """
+    z = noise
+    previous: tuple[Tensor, float, float] | None = None  # estimate, time, and step size in half log-SNR
+    for now, after in zip(times, (*times[1:], 0.0), strict=True):
+        clean = denoise(z, now)
+        if after == 0:
+            return clean
+        # At t = 1 half the log-SNR is minus infinity; a first-order step needs no step size.
+        step = log((1 - after) / after) - log((1 - now) / now) if now < 1 else None
+        if step is None:
+            z = clean + (after / now) * (z - clean)
+            continue
+        blended = clean
+        if previous is not None and expert_of(previous[1]) == expert_of(now):
+            ratio = previous[2] / step
+            blended = clean + (clean - previous[0]) / (2 * ratio)
+        z = (after / now) * z - (1 - after) * expm1(-step) * blended
+        previous = (clean, now, step)
+    return z
+
+
+def sample(
+    denoise: Denoiser,
+    noise: Tensor,
+    times: Sequence[float],
+    *,
+    kind: str,
+    expert_of: Callable[[float], int],
+) -> Tensor:
+    """Draw z_0 from `noise` (B, c, H, W) by the named sampler, `euler` or `dpm++2m`."""
+    if kind == "euler":
+        return sample_euler(denoise, noise, times)
+    return sample_dpm_solver_2m(denoise, noise, times, expert_of)

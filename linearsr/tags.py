@@ -1,0 +1,28 @@
+"""Tags: from words to the ids that the network embeds. Imports no torch."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from linearsr.config import TagsConfig
+
+
+def normalise_tag(tag: str) -> str:
+    """Return the tag as the vocabulary spells it: lower case, single spaces."""
+    return " ".join(tag.lower().split())
+
+
+def vocabulary_of(tag_lists: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Return the distinct tags of all samples in alphabetical order."""
+    return tuple(sorted({normalise_tag(tag) for tags in tag_lists for tag in tags} - {""}))
+
+
+def encode_tags(tags: Sequence[str], config: TagsConfig) -> NDArray[np.int64]:
+    """Return ids (max_tags,): 1 .. V in the order given, then 0 for padding. Unknown and repeated tags are left out."""
+    index = {tag: position for position, tag in enumerate(config.vocabulary, start=1)}
+    known = dict.fromkeys(index[name] for name in map(normalise_tag, tags) if name in index)
+    ids = np.zeros(config.max_tags, dtype=np.int64)
+    kept = list(known)[: config.max_tags]
+    ids[: len(kept)] = kept
+    return ids

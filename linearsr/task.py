@@ -1,0 +1,125 @@
+"""What the platform trains: build a network, make examples, take a training loss, validate.
+
+The platform knows this class only by the protocol it satisfies, and builds it in each worker from a picklable config.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from linearsr.config import AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
+from linearsr.degradation import augment, degrade
+from linearsr.flow import interpolate, sample_times
+from linearsr.latent import LatentSpace
+from linearsr.metrics import Meter
+from linearsr.model import SuperResolver
+from linearsr.sampling import sample_euler
+from linearsr.tags import encode_tags
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Everything a worker needs to build the task; picklable."""
+
+    model: ModelConfig
+    statistics: LatentStatistics
+    interval: tuple[float, float]
+    """Noise levels that this network trains on; (0, 1) for one network over all of them."""
+    degradation: DegradationConfig
+    augmentation: AugmentationConfig
+    crop_px: int
+    """Side of a training crop, HR pixels."""
+    validation_steps: int
+    """Euler steps of a validation, spread over `interval`."""
+    metrics: tuple[str, ...]
+    """Names in `linearsr.metrics.METRICS`."""
+    metric_weights: str | None = None
+    """Local folder with the weights of learned metrics."""
+    seed: int = 0
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """Map uint8 (..., 0 to 255) to float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+class SuperResolutionTask:
+    """Flow-matching training of one `SuperResolver` on one interval of noise levels."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        """Keep the config; nothing heavy happens before `build`."""
+        self.config = config
+        self._space = LatentSpace(config.model, config.statistics)
+        self._meter: Meter | None = None
+
+    def build(self) -> nn.Module:
+        """Return a freshly initialised network on the CPU in float32, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return SuperResolver(self.config.model, self.config.statistics)
+
+    def transform(self, image: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> dict[str, Array]:
+        """Make one training example from an HR image (H, W, 3): `hr`, `lr` uint8 (3, H, W) and `tags` (T,)."""
+        crop = augment(image, self.config.crop_px, self.config.augmentation, rng)
+        return self._example(crop, tags, rng)
+
+    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str], crop_px: int, index: int) -> dict[str, Array]:
+        """Make the `index`-th validation example: a plain crop, degradation and `noise`, the same at every call."""
+        rng = np.random.default_rng([self.config.seed, index])
+        plain = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
+        example = self._example(augment(image, crop_px, plain, rng), tags, rng)
+        codec = self.config.model.codec
+        side = crop_px // codec.factor
+        example["noise"] = rng.standard_normal((codec.latent_channels, side, side), dtype=np.float32)
+        return example
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar loss of a batch and what to log; draws times and noise from `generator`.
+
+        The loss is the velocity error without a prior (flow matching, method.md 1.1), and the error in units of what
+        the LR prior leaves open with one.
+        """
+        model, count = self.config.model, batch["hr"].shape[0]
+        clean = self._space.encode(to_pixels(batch["hr"]))
+        t = sample_times(count, self.config.interval, model.flow, generator).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        keep = torch.rand(count, 1, generator=generator) >= model.tags.dropout
+        tags = batch["tags"] * keep.to(batch["tags"].device)
+        t_B111 = t[:, None, None, None]
+        estimate = module(interpolate(clean, noise, t_B111), t, to_pixels(batch["lr"]), tags)
+        error = (estimate - clean) / self._space.error_scale(t_B111)
+        weights = self._space.loss_weights().to(error.device)
+        return (weights * error.square()).mean(), {}
+
+    def _example(self, crop: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> dict[str, Array]:
+        lr = degrade(crop, self.config.model.scale, self.config.degradation, rng)
+        planes = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("hr", crop), ("lr", lr))}
+        return {**planes, "tags": encode_tags(tags, self.config.model.tags)}
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Restore a validation batch and measure it against the truth: metric name -> (B,) float values.
+
+        The path starts at the top of the interval, from noise or from the truth noised to that level, and follows
+        `validation_steps` Euler steps; the last estimate is decoded.
+        """
+        low, high = self.config.interval
+        lr = to_pixels(batch["lr"])
+        clean = self._space.encode(to_pixels(batch["hr"]))
+        steps = self.config.validation_steps
+        times = [high - (high - low) * i / steps for i in range(steps)]
+        start = interpolate(clean, batch["noise"].to(clean.device), torch.tensor(high))
+
+        def denoise(z: Tensor, t: float) -> Tensor:
+            return module(z, torch.full((z.shape[0],), t, device=z.device), lr, batch["tags"])  # type: ignore[no-any-return]
+
+        restored = self._space.decode(sample_euler(denoise, start, times))
+        if self._meter is None:
+            self._meter = Meter(self.config.metrics, "quickstart", self.config.metric_weights)
+        return self._meter.measure(restored / 2 + 0.5, batch["hr"].float() / 255)

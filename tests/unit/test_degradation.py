@@ -1,0 +1,53 @@
+"""Degradation and augmentation: deterministic, right sizes, and as strong as asked."""
+
+import numpy as np
+import pytest
+
+from linearsr.config import AugmentationConfig, DegradationConfig, TagsConfig
+from linearsr.degradation import augment, degrade, upsample
+from linearsr.tags import encode_tags, vocabulary_of
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (96, 140, 3), dtype=np.uint8)
+
+
+def test_degrade_is_deterministic_and_divides_the_size() -> None:
+    first, second = (degrade(IMAGE, 4, DegradationConfig(), np.random.default_rng(1)) for _ in range(2))
+    assert first.shape == (24, 35, 3)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, degrade(IMAGE, 4, DegradationConfig(), np.random.default_rng(2)))
+
+
+def test_noise_is_as_strong_as_asked() -> None:
+    grey = np.full((256, 256, 3), 128, np.uint8)
+    config = DegradationConfig(blur_sigma_px=(0, 0), noise_sigma=(10, 10), jpeg_quality=(100, 100))
+    noisy = degrade(grey, 4, config, np.random.default_rng(0)).astype(float)
+    # JPEG at quality 100 still halves the resolution of colour, so luminance is what can be checked.
+    luminance = noisy @ [0.299, 0.587, 0.114]
+    assert luminance.std() == pytest.approx(10 * np.linalg.norm([0.299, 0.587, 0.114]), rel=0.1)
+
+
+def test_degrade_refuses_sides_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="got an image of 140x95 px"):
+        degrade(IMAGE[:95], 4, DegradationConfig(), np.random.default_rng(0))
+
+
+def test_upsample_multiplies_the_size() -> None:
+    assert upsample(IMAGE, 4).shape == (384, 560, 3)
+
+
+@pytest.mark.parametrize("side", [32, 96, 200])
+def test_augment_cuts_the_asked_size_also_from_smaller_images(side: int) -> None:
+    crop = augment(IMAGE, side, AugmentationConfig(), np.random.default_rng(0))
+    assert crop.shape == (side, side, 3)
+
+
+def test_plain_augmentation_only_cuts() -> None:
+    plain = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
+    crop = augment(IMAGE, 96, plain, np.random.default_rng(0))
+    assert any(np.array_equal(crop, IMAGE[:, left : left + 96]) for left in range(45))
+
+
+def test_tags_become_ids_and_unknown_ones_are_left_out() -> None:
+    config = TagsConfig(vocabulary=vocabulary_of([["Sky ", "cat"], ["cat", "blue  flower"]]), max_tags=3)
+    assert config.vocabulary == ("blue flower", "cat", "sky")
+    assert encode_tags(["SKY", "dog", "sky", "Blue Flower"], config).tolist() == [3, 1, 0]

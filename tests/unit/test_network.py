@@ -1,0 +1,144 @@
+"""The network: attention against its explicit form, published sizes, the codec's inverse, the prior's limits."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearsr.attention import relu_linear_attention
+from linearsr.backbone import Backbone
+from linearsr.codec import make_codec
+from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, TagsConfig
+from linearsr.model import SuperResolver
+from linearsr.statistics import measure_statistics
+
+CODECS = [CodecConfig(kind=kind, factor=factor) for kind in ("haar", "space_to_depth") for factor in (1, 4, 8)]
+
+
+def model(prior: str = "lr", factor: int = 4) -> SuperResolver:
+    config = ModelConfig(
+        codec=CodecConfig(factor=factor),
+        backbone=BackboneConfig(width=32, num_blocks=2, caption_width=16),
+        tags=TagsConfig(vocabulary=("cat", "sky")),
+        prior=prior,  # type: ignore[arg-type]
+    )
+    channels = config.codec.latent_channels
+    statistics = LatentStatistics(mean=(0.1,) * channels, std=(0.5,) * channels, residual_std=(0.3,) * channels)
+    return SuperResolver(config, statistics)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.relu(q) @ torch.relu(k).transpose(-1, -2)
+    return (scores / (scores.sum(-1, keepdim=True) + 1e-15)) @ v
+
+
+def test_linear_attention_equals_the_quadratic_form_with_gradients() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    torch.testing.assert_close(relu_linear_attention(q, k, v), explicit_attention(q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: relu_linear_attention(*x, eps=1e-3), (q, k, v))
+
+
+def test_linear_attention_sums_in_float32() -> None:
+    # 4096 equal keys: a bfloat16 sum stalls at 256, and the mean of the values would come out 16 times too large.
+    ones = torch.ones(1, 1, 4096, 1, dtype=torch.bfloat16)
+    assert relu_linear_attention(ones, ones, ones).float().max() == 1
+
+
+def test_a_query_without_a_positive_key_gives_zero() -> None:
+    q = -torch.ones(1, 1, 3, 2)
+    assert (relu_linear_attention(q, torch.ones_like(q), torch.ones_like(q)) == 0).all()
+
+
+def test_attention_names_shapes_that_differ() -> None:
+    with pytest.raises(ValueError, match="expected three equal shapes"):
+        relu_linear_attention(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("sana-600m", 591.75), ("sana-1600m", 1604.46)])
+def test_published_sizes_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    shape = BACKBONES[name]
+    with torch.device("meta"):
+        backbone = Backbone(shape, latent_channels=32, lr_pixels_per_token=8, num_tags=0)
+    ours = sum(p.numel() for p in backbone.stem.parameters()) + backbone.tags.table.weight.numel() + shape.width * shape.stem_width
+    total = sum(p.numel() for p in backbone.parameters())
+    assert round((total - ours) / 1e6, 2) == millions
+    assert sum(p.numel() for p in backbone.stem.parameters()) == 112_544
+
+
+@pytest.mark.parametrize("name", ["nano", "tiny"])
+def test_small_presets_build_and_run(name: str) -> None:
+    backbone = Backbone(BACKBONES[name], latent_channels=48, lr_pixels_per_token=1, num_tags=3)
+    out = backbone(torch.randn(1, 48, 4, 6), torch.rand(1), backbone.prepare(torch.rand(1, 3, 4, 6), torch.zeros(1, 2, dtype=torch.long)))
+    assert out.shape == (1, 48, 4, 6)
+
+
+@pytest.mark.parametrize("config", CODECS, ids=lambda c: f"{c.kind}-{c.factor}")
+def test_codecs_invert_exactly_and_keep_the_norm(config: CodecConfig) -> None:
+    codec, x = make_codec(config), torch.randn(2, 3, 16, 24)
+    latent = codec.encode(x)
+    assert latent.shape == (2, config.latent_channels, 16 // config.factor, 24 // config.factor)
+    torch.testing.assert_close(codec.decode(latent), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latent.norm(), x.norm())
+
+
+def test_measured_statistics_give_unit_variance_latents() -> None:
+    config = ModelConfig(codec=CodecConfig(factor=4), prior="lr")
+    hr = torch.rand(16, 3, 32, 32).mul(2).sub(1)
+    lr = torch.nn.functional.avg_pool2d(hr, 4)
+    network = SuperResolver(config, measure_statistics(config, hr, lr))
+    latent = network.space.encode(hr)
+    torch.testing.assert_close(latent.mean(dim=(0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latent.std(dim=(0, 2, 3)), torch.ones(48), atol=1e-3, rtol=0)
+    residual = (latent - network.space.prior_mean(lr)).square().mean(dim=(0, 2, 3)).sqrt()
+    torch.testing.assert_close(residual, network.space.sigma.flatten(), atol=1e-3, rtol=0)
+
+
+def test_an_untrained_network_with_the_lr_prior_is_bicubic_at_pure_noise() -> None:
+    network, lr = model(), torch.rand(1, 3, 8, 12) * 1.6 - 0.8
+    condition = network.condition(lr, torch.zeros(1, 4, dtype=torch.long))
+    restored = network.space.decode(network.denoise(torch.randn(1, 48, 8, 12), 1.0, condition))
+    bicubic = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic", antialias=True)
+    torch.testing.assert_close(restored, bicubic.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["none", "lr"])
+def test_the_estimate_is_the_latent_itself_where_there_is_no_noise(prior: str) -> None:
+    network, z = model(prior), torch.randn(2, 48, 4, 4)
+    torch.nn.init.normal_(network.network.head.weight)
+    condition = network.condition(torch.rand(2, 3, 4, 4), torch.zeros(2, 4, dtype=torch.long))
+    torch.testing.assert_close(network.denoise(z, 1e-6, condition), z, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9, 1.0])
+def test_the_lr_prior_gives_unit_errors_before_training(t: float) -> None:
+    network = model()
+    mean = network.space.prior_mean(torch.zeros(64, 3, 8, 8))
+    clean = mean + 0.3 * torch.randn(64, 48, 8, 8)
+    level = torch.full((64,), t)
+    z = (1 - t) * clean + t * torch.randn_like(clean)
+    with torch.no_grad():
+        estimate = network(z, level, torch.zeros(64, 3, 8, 8), torch.zeros(64, 4, dtype=torch.long))
+    error = (estimate - clean) / network.space.error_scale(level[:, None, None, None])
+    assert math.isclose(error.square().mean().item(), 1, rel_tol=0.02)
+
+
+def test_tags_change_the_estimate_and_padding_does_not() -> None:
+    network = model()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    z, lr = torch.randn(1, 48, 4, 4), torch.rand(1, 3, 4, 4)
+
+    def estimate(ids: list[int]) -> Tensor:
+        return network.denoise(z, 0.5, network.condition(lr, torch.tensor([ids])))
+
+    assert not torch.allclose(estimate([1, 0]), estimate([2, 0]))
+    assert not torch.allclose(estimate([1, 0]), estimate([0, 0]))
+    torch.testing.assert_close(estimate([1, 0]), estimate([1, 0, 0, 0]))
+
+
+def test_statistics_of_another_codec_are_refused() -> None:
+    statistics = LatentStatistics(mean=(0.0,), std=(1.0,), residual_std=(1.0,))
+    with pytest.raises(ValueError, match="got 1 channels; expected 48"):
+        SuperResolver(ModelConfig(), statistics)
