@@ -1,0 +1,48 @@
+"""Where errors end: one clear sentence on standard error and an exit code, instead of a traceback."""
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from linearsr_platform.errors import RecipeErrors, StageError, UserError
+
+_P = ParamSpec("_P")
+
+FAILED = StageError.exit_code
+INTERRUPTED = 130
+"""What shells report for a command that Ctrl-C ended."""
+
+
+def reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Wrap a command so that its errors are told, not raised; its option `verbose` brings tracebacks.
+
+    Exit codes: 2 for what the user can fix, 1 for failures, 130 for Ctrl-C. Anything unforeseen is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def reporting(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        except (UserError, StageError, OSError) as error:
+            if kwargs.get("verbose"):
+                traceback.print_exception(error)
+            _tell(error)
+            raise typer.Exit(error.exit_code if isinstance(error, (UserError, StageError)) else FAILED) from error
+
+    return reporting
+
+
+def _tell(error: Exception) -> None:
+    if not isinstance(error, RecipeErrors):
+        typer.echo(f"error: {error}", err=True)
+        return
+    for problem in error.errors:
+        typer.echo(f"error: {problem}", err=True)
+    count = len(error.errors)
+    typer.echo(f"{count} error{'s' if count > 1 else ''}; nothing was run", err=True)

@@ -1,0 +1,29 @@
+"""`linearsr check`: say whether a recipe is right, and what it would run."""
+
+import typer
+
+from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose
+
+
+def check(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Check a recipe without running it: every error at once, or a summary of the run."""
+    from linearsr_platform import storage
+    from linearsr_platform.recipe.load import load_recipe
+    from linearsr_platform.recipe.schema import STAGE_NAMES, TRAINING_STAGES
+
+    loaded = load_recipe(recipe, profile, overrides or ())
+    rows = {"name": loaded.recipe.name, "hash": loaded.hash, "stages": " > ".join(STAGE_NAMES)}
+    for where in TRAINING_STAGES:
+        stage = loaded.recipe.training_stage(where)
+        budget = f"at most {stage.max_steps} steps" + (f" or {stage.max_seconds:g} s" if stage.max_seconds else "")
+        rows[where] = f"{budget}, {stage.workers} worker{'s' if stage.workers > 1 else ''}, ZeRO {stage.zero.stage}"
+    rows["model"] = loaded.recipe.model_name
+    rows["results"] = storage.absolute(loaded.recipe.storage)
+    typer.echo(f"{recipe} is valid")
+    for name, value in rows.items():
+        typer.echo(f"  {name:<15} {value}")

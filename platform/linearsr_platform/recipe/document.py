@@ -1,0 +1,138 @@
+"""YAML as recipes use it: the core schema of YAML 1.2, with the line of every key and without surprises.
+
+PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false, `2024-01-01` is a date and a repeated key silently wins.
+"""
+
+import math
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import yaml
+
+from linearsr_platform.errors import RecipeProblem
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the root of a document to a value."""
+
+_TAG = "tag:yaml.org,2002:"
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Resolves plain scalars by the core schema of YAML 1.2, less infinity and NaN."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML declares it on the instance, reads it from the class
+
+
+_CoreLoader.add_implicit_resolver(f"{_TAG}null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_CoreLoader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_CoreLoader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_CoreLoader.add_implicit_resolver(
+    f"{_TAG}float", re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"), list("-+.0123456789")
+)
+
+
+@dataclass
+class Document:
+    """A parsed document."""
+
+    value: object = None
+    """Dicts, lists and scalars; keys are text."""
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    """Line, from 1, on which each key or list entry starts."""
+    problems: list[RecipeProblem] = field(default_factory=list)
+    """Syntax errors and repeated keys."""
+
+
+def parse_document(text: str, file: str) -> Document:
+    """Parse one YAML document; what is wrong with it is in `problems`, never raised.
+
+    Args:
+        text: the document.
+        file: how problems name it.
+    """
+    document = Document()
+    try:
+        node = _CoreLoader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        document.problems.append(RecipeProblem(file=f"{file}{line}", key="", value="", rule=f"this is not valid YAML: {reason}"))
+        return document
+    except yaml.YAMLError as error:
+        document.problems.append(RecipeProblem(file=file, key="", value="", rule=f"this is not valid YAML: {' '.join(str(error).split())}"))
+        return document
+    if node is not None:
+        document.value = _Builder(file, document).build(node, (), ())
+    return document
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a path as users do: `experts.boundaries[1]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+class _Builder:
+    """Turns a node graph into plain values, noting lines and problems in the document."""
+
+    def __init__(self, file: str, document: Document) -> None:
+        self._file = file
+        self._document = document
+
+    def build(self, node: yaml.Node, path: KeyPath, parents: tuple[Hashable, ...]) -> object:
+        """Build the value of a node; `parents` are the nodes around it, by identity."""
+        self._document.lines.setdefault(path, node.start_mark.line + 1)
+        if id(node) in parents:
+            return self._refuse(node, path, "a value that does not contain itself")
+        inside = (*parents, id(node))
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path, inside)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index), inside) for index, child in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath, parents: tuple[Hashable, ...]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key_node, child in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, path, "keys that are plain words")
+                continue
+            key = str(key_node.value)
+            inner = (*path, key)
+            line = key_node.start_mark.line + 1
+            if key in result:
+                rule = f"this key is already on line {self._document.lines[inner]}; keys may not repeat"
+                self._document.problems.append(
+                    RecipeProblem(file=f"{self._file}:{line}", key=dotted(inner), value="", rule=rule, fix="keep one of the two")
+                )
+                continue
+            self._document.lines[inner] = line
+            result[key] = self.build(child, inner, parents)
+        return result
+
+    def _scalar(self, node: yaml.Node, path: KeyPath) -> object:
+        text, kind = str(node.value), node.tag.removeprefix(_TAG)
+        if kind == "str":
+            return text
+        if kind == "null":
+            return None
+        if kind == "bool" and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in ("int", "float"):
+            try:
+                number = int(text) if kind == "int" else float(text)
+            except ValueError:
+                return self._refuse(node, path, f"text that reads as {kind}")
+            return number if math.isfinite(number) else self._refuse(node, path, "a finite number")
+        return self._refuse(node, path, "a value without a YAML tag")
+
+    def _refuse(self, node: yaml.Node, path: KeyPath, rule: str) -> str:
+        """Note a problem and return the text that stands for the value."""
+        file = f"{self._file}:{node.start_mark.line + 1}"
+        value = str(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        self._document.problems.append(RecipeProblem(file=file, key=dotted(path), value=value, rule=rule))
+        return value

@@ -1,0 +1,173 @@
+"""Rules between settings of a recipe: everything that can be known before a worker starts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from itertools import pairwise
+
+from linearsr.metric_table import METRICS
+from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe, TrainConfig
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that does not hold."""
+
+    key: str
+    """Dotted key of the setting to blame."""
+    value: object
+    """What it is set to."""
+    rule: str
+    """What would be right."""
+    fix: str = ""
+    """What to do, if the rule does not say it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and the settings it reads; it is left out when one of them is wrong by itself."""
+
+    needs: tuple[str, ...]
+    """Dotted keys of what the rule reads."""
+    check: Callable[[Recipe], Iterator[Broken]]
+    """Yields what is broken."""
+
+
+def all_rules() -> Iterator[Rule]:
+    """Yield every rule of a recipe, those of training stages once for each stage."""
+    yield Rule(("model.preset", "model.backbone"), _one_backbone)
+    yield Rule(("model.scale", "model.codec"), _codec_reaches_scale)
+    yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
+    yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
+    for key in ("validation.metrics", "evaluate.metrics"):
+        yield Rule((key,), partial(_known, key))
+        yield Rule((key, "validation.weights"), partial(_have_weights, key))
+    yield Rule(("evaluate.metrics", "evaluate.perceptual"), _claim_is_measured)
+    yield Rule(("evaluate.metrics", "promote.metric"), _gate_is_measured)
+    yield Rule(("experts.boundaries",), _boundaries_ascend)
+    yield Rule(("cluster",), _devices)
+    for where in TRAINING_STAGES:
+        yield from _stage_rules(where)
+
+
+def _stage_rules(where: str) -> Iterator[Rule]:
+    """Yield the rules of the training stage at a dotted key."""
+
+    def rule(check: Callable[[Recipe, str, TrainConfig], Iterator[Broken]], own: tuple[str, ...], others: tuple[str, ...] = ()) -> Rule:
+        needs = (*(f"{where}.{key}" for key in own), *others)
+        return Rule(needs, lambda recipe: check(recipe, where, recipe.training_stage(where)))
+
+    yield rule(_batch_divides, ("batch_size", "workers", "accumulation"))
+    yield rule(_warmup_ends, ("warmup_steps", "max_steps"))
+    yield rule(_crop_fits, ("crop_px",), ("model.codec",))
+    yield rule(_knee_is_measured, ("knee.metrics",), ("validation.metrics",))
+    yield rule(_workers_fit, ("workers",), ("cluster", "experts.cpus_per_worker"))
+
+
+def _one_backbone(recipe: Recipe) -> Iterator[Broken]:
+    preset, backbone = recipe.model.preset, recipe.model.backbone
+    if preset is None and backbone is None:
+        yield Broken("model.preset", None, "a named backbone, or one written out", "set either model.preset or model.backbone")
+    if preset is not None and backbone is not None:
+        yield Broken("model.preset", preset, "null where model.backbone is set", "remove one of the two")
+
+
+def _codec_reaches_scale(recipe: Recipe) -> Iterator[Broken]:
+    factor, scale = recipe.model.codec.factor, recipe.model.scale
+    if factor < scale:
+        yield Broken("model.codec.factor", factor, f"at least model.scale, {scale}")
+
+
+def _validation_crop(recipe: Recipe) -> Iterator[Broken]:
+    crop, factor = recipe.validation.crop_px, recipe.model.codec.factor
+    if crop % factor:
+        yield Broken("validation.crop_px", crop, f"a multiple of model.codec.factor, {factor}")
+
+
+def _validation_strip(recipe: Recipe) -> Iterator[Broken]:
+    strip, crop = recipe.data.validation_px, recipe.validation.crop_px
+    if 0 < strip < crop:
+        yield Broken("data.validation_px", strip, f"0, or at least validation.crop_px, {crop}")
+
+
+def _metrics(where: str, recipe: Recipe) -> tuple[str, ...]:
+    return recipe.validation.metrics if where == "validation.metrics" else recipe.evaluate.metrics
+
+
+def _known(where: str, recipe: Recipe) -> Iterator[Broken]:
+    for index, name in enumerate(_metrics(where, recipe)):
+        if name not in METRICS:
+            near = get_close_matches(name, METRICS, n=1)
+            yield Broken(f"{where}[{index}]", name, f"one of {', '.join(METRICS)}", f"did you mean {near[0]}?" if near else "")
+
+
+def _have_weights(where: str, recipe: Recipe) -> Iterator[Broken]:
+    for index, name in enumerate(_metrics(where, recipe)):
+        if recipe.validation.weights is None and name in METRICS and METRICS[name].needs == "weights":
+            files = ", ".join(METRICS[name].weights_files)
+            yield Broken(f"{where}[{index}]", name, f"its weights ({files}) in a folder", "name the folder in validation.weights")
+
+
+def _claim_is_measured(recipe: Recipe) -> Iterator[Broken]:
+    metric, measured = recipe.evaluate.perceptual, recipe.evaluate.metrics
+    if metric not in measured:
+        yield Broken("evaluate.perceptual", metric, f"one of evaluate.metrics ({', '.join(measured)})")
+
+
+def _gate_is_measured(recipe: Recipe) -> Iterator[Broken]:
+    metric, measured = recipe.promote.metric, recipe.evaluate.metrics
+    if metric not in measured:
+        yield Broken("promote.metric", metric, f"one of evaluate.metrics ({', '.join(measured)})")
+
+
+def _boundaries_ascend(recipe: Recipe) -> Iterator[Broken]:
+    boundaries = recipe.experts.boundaries
+    if boundaries == "bisection":
+        return
+    ordered = all(low < high for low, high in pairwise(boundaries))
+    if not ordered or not all(0 < t < 1 for t in boundaries):
+        yield Broken("experts.boundaries", list(boundaries), "strictly ascending numbers between 0 and 1")
+
+
+def _devices(recipe: Recipe) -> Iterator[Broken]:
+    cluster = recipe.cluster
+    if cluster.address is None and cluster.gpus_per_worker > cluster.num_gpus:
+        rule = f"at most cluster.num_gpus, {cluster.num_gpus}, on a local cluster"
+        yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, rule)
+
+
+def _batch_divides(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    parts = stage.workers * stage.accumulation
+    if stage.batch_size % parts:
+        yield Broken(f"{where}.batch_size", stage.batch_size, f"a multiple of workers x accumulation = {parts}")
+
+
+def _warmup_ends(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    if stage.warmup_steps > stage.max_steps:
+        yield Broken(f"{where}.warmup_steps", stage.warmup_steps, f"at most max_steps, {stage.max_steps}")
+
+
+def _crop_fits(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    factor = recipe.model.codec.factor
+    if stage.crop_px % factor:
+        yield Broken(f"{where}.crop_px", stage.crop_px, f"a multiple of model.codec.factor, {factor}")
+
+
+def _knee_is_measured(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    measured = recipe.validation.metrics
+    for index, name in enumerate(stage.knee.metrics):
+        if name not in measured:
+            yield Broken(f"{where}.knee.metrics[{index}]", name, f"one of validation.metrics ({', '.join(measured)})")
+
+
+def _workers_fit(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    """A trainer too big for its local cluster would only wait until `queue_timeout_s`."""
+    cluster = recipe.cluster
+    if cluster.address is not None or cluster.num_cpus is None:
+        return
+    shared = None if where == "pretrain" else recipe.experts.cpus_per_worker
+    needed = stage.workers * (cluster.cpus_per_worker if shared is None else shared)
+    if needed > cluster.num_cpus:
+        rule = f"workers that need at most cluster.num_cpus = {cluster.num_cpus} CPUs together, not {needed:g}"
+        yield Broken(f"{where}.workers", stage.workers, rule)

@@ -1,0 +1,277 @@
+"""Files behind one interface: a plain path, or a URL of an object store that fsspec knows (`s3://`, `memory://`, ...).
+
+Local paths come back absolute and without `file://`. Every write is whole or absent: local files get a temporary name first,
+object stores publish an object only once it is complete. Missing files raise `FileNotFoundError`, as `open` does.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from uuid import uuid4
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from linearsr_platform.errors import UserError
+
+TEMPORARY_MARK = ".part-"
+"""Part of the name of unfinished files and folders; listings leave them out."""
+
+
+def is_local(url: str) -> bool:
+    """Tell whether a URL is a path on this machine."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def absolute(url: str, folder: str | None = None) -> str:
+    """Return a URL unchanged and a path absolute, relative ones taken from `folder` (default: the working directory).
+
+    `folder` may itself be a URL. `~` is the home folder.
+    """
+    if not is_local(url):
+        return url
+    path = Path(url.removeprefix("file://").removeprefix("local://")).expanduser()
+    if folder is not None and not path.is_absolute():
+        return join(folder, str(path))
+    return os.path.abspath(path)
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL or path; a local result is absolute."""
+    if is_local(url):
+        return os.path.abspath(os.path.join(absolute(url), *parts))
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def name_of(url: str) -> str:
+    """Return the last part of a URL or path."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def parent(url: str) -> str:
+    """Return the folder a file or folder is in."""
+    return os.path.dirname(absolute(url)) if is_local(url) else url.rstrip("/").rsplit("/", 1)[0]
+
+
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """Open the file system of a URL; returns it with the path inside it.
+
+    Listings are never cached: another process may write at any time.
+
+    Raises:
+        UserError: if the scheme is unknown or its package is not installed.
+    """
+    try:
+        fs, path = url_to_fs(absolute(url), use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"storage: got {url!r}; expected a path or a URL that fsspec can open; fix: {error}") from error
+    return fs, path
+
+
+def exists(url: str) -> bool:
+    """Tell whether a file or folder is there."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def read_bytes(url: str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    fs, path = filesystem(url)
+    return bytes(fs.cat_file(path))
+
+
+def read_text(url: str) -> str:
+    """Read a whole UTF-8 file."""
+    return read_bytes(url).decode("utf-8")
+
+
+def read_json(url: str) -> object:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if it is not JSON.
+    """
+    try:
+        value: object = json.loads(read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url}: expected a JSON file: {error}; fix: delete it and run the stage that writes it again") from error
+    return value
+
+
+def write_bytes(url: str, content: bytes) -> None:
+    """Write a whole file at once, replacing any; parent folders are made."""
+    with atomic_file(url) as path:
+        path.write_bytes(content)
+
+
+def write_text(url: str, content: str) -> None:
+    """Write a whole UTF-8 file at once."""
+    write_bytes(url, content.encode("utf-8"))
+
+
+def write_json(url: str, value: object) -> None:
+    """Write a value as indented JSON, keys in their own order.
+
+    Raises:
+        ValueError: if it holds NaN or infinity, which JSON has no word for.
+    """
+    write_text(url, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_file(url: str) -> Iterator[Path]:
+    """Give a local path to write to; the file appears at `url` when the block ends well, and not at all otherwise.
+
+    The path keeps the suffix of `url`, because image and archive writers look at it.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        with _beside(Path(path)) as temporary:
+            yield temporary
+            os.replace(temporary, path)
+        return
+    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
+        temporary = Path(folder, name_of(url))
+        yield temporary
+        fs.put_file(str(temporary), path)
+
+
+@contextmanager
+def atomic_folder(url: str) -> Iterator[Path]:
+    """Give an empty local folder to fill; it replaces `url` when the block ends well, and changes nothing otherwise.
+
+    On a remote store files arrive one by one, so write last, by itself, the file that says the folder is complete.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        with _beside(Path(path)) as temporary:
+            temporary.mkdir()
+            yield temporary
+            with _beside(Path(path)) as previous:
+                if os.path.exists(path):
+                    os.replace(path, previous)
+                os.replace(temporary, path)
+        return
+    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
+        yield Path(folder)
+        _upload_tree(Path(folder), url)
+
+
+@contextmanager
+def local_path(url: str) -> Iterator[Path]:
+    """Give a local path to read a file or folder; a remote one is downloaded and removed again at the end.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `url`.
+    """
+    fs, path = filesystem(url)
+    if not fs.exists(path):
+        raise FileNotFoundError(f"{url} does not exist")
+    if isinstance(fs, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
+        target = Path(folder, name_of(url))
+        _download(fs, url, target)
+        yield target
+
+
+def list_files(url: str, pattern: str = "*") -> list[str]:
+    """List the URLs of all finished files under a folder, at any depth, in order of name; [] if there is no such folder.
+
+    Args:
+        url: a folder.
+        pattern: shell pattern on the path below `url`; `*` also crosses folders, so `*.tar` finds every tar.
+    """
+    fs, path = filesystem(url)
+    root = path.rstrip("/")
+    below = (found[len(root) :].lstrip("/") for found in fs.find(path) if found.startswith(f"{root}/"))
+    return [join(url, name) for name in sorted(below) if TEMPORARY_MARK not in name and fnmatch(name, pattern)]
+
+
+def list_folders(url: str) -> list[str]:
+    """List the URLs of the folders directly inside a folder, in order of name; [] if there is no such folder."""
+    fs, path = filesystem(url)
+    if not fs.isdir(path):
+        return []
+    names = (name_of(entry["name"]) for entry in fs.ls(path, detail=True) if entry["type"] == "directory")
+    return [join(url, name) for name in sorted(names) if TEMPORARY_MARK not in name]
+
+
+def remove(url: str) -> None:
+    """Delete a file or a folder with all that is in it; nothing there is fine."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy one file between any two places, whole or not at all."""
+    with local_path(source) as path, atomic_file(target) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Make `target` a copy of the folder `source`, between any two places; files only `target` had are gone afterwards.
+
+    A local target is replaced in one step.
+
+    Raises:
+        FileNotFoundError: if `source` is not there.
+    """
+    with local_path(source) as folder:
+        if is_local(target):
+            with atomic_folder(target) as temporary:
+                shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        else:
+            _upload_tree(folder, target)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path`, so that renaming stays on one disk; clean it up whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}{TEMPORARY_MARK}{uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _upload_tree(folder: Path, url: str) -> None:
+    """Put every file of a local folder under `url`, then delete what else was there."""
+    fs, path = filesystem(url)
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    for name in names:
+        fs.put_file(str(folder / name), f"{path.rstrip('/')}/{name}")
+    kept = {join(url, name) for name in names}
+    for file in list_files(url):
+        if file not in kept:
+            remove(file)
+
+
+def _download(fs: AbstractFileSystem, url: str, target: Path) -> None:
+    """Get a remote file, or every file of a remote folder."""
+    _, path = filesystem(url)
+    if fs.isfile(path):
+        fs.get_file(path, str(target))
+        return
+    target.mkdir(parents=True)
+    for file in list_files(url):
+        local = target / file.removeprefix(url.rstrip("/")).lstrip("/")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        fs.get_file(filesystem(file)[1], str(local))

