@@ -1,0 +1,146 @@
+"""Image files to uint8 RGB pixels and back: orientation, depth, palettes, alpha. Imports no torch.
+
+Colour profiles are left as they are: pixels are taken for sRGB. Of an animation or a stack of pages the first one is taken.
+"""
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""File names that are taken for images, in lower case."""
+LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF")
+"""Pillow's names of formats whose pixels are taken to be free of compression artefacts."""
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise on files that are not what they claim to be."""
+
+
+class BadImageError(Exception):
+    """A file that cannot be used as a photograph; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A photograph in memory."""
+
+    pixels: Pixels
+    """(H, W, 3) RGB."""
+    lossless: bool
+    """Whether the file's format keeps pixels exactly."""
+
+
+def decode_image(content: bytes, *, halve_jpeg: bool = False) -> Decoded:
+    """Decode an image file to upright 8-bit RGB; what is transparent becomes white.
+
+    Args:
+        content: the bytes of the file.
+        halve_jpeg: halve JPEG files by Lanczos, which takes most of their 8 px blocks away.
+
+    Raises:
+        BadImageError: if the file is cut off, not an image, decodes to a suspicious size or has no 8-bit meaning.
+    """
+    if not content:
+        raise BadImageError("the file is empty")
+    # What the decoders warn about either fails below or does not change the pixels.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(BytesIO(content)) as image:
+                kind = image.format or ""
+                rgb = to_rgb(ImageOps.exif_transpose(image))
+        except DECODING_ERRORS as error:
+            raise BadImageError(_reason(error)) from error
+    if halve_jpeg and kind in ("JPEG", "MPO"):
+        rgb = halve(rgb)
+    return Decoded(np.asarray(rgb), lossless=kind in LOSSLESS_FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB: 16-bit grey is scaled, not clipped; transparency is laid over white.
+
+    Raises:
+        ValueError: for 32-bit integer and floating-point images, whose white is not defined.
+    """
+    # Pillow before 11 opens 16-bit PNG as `I`; 16-bit RGB it reduces to 8 bits itself, by the high byte.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.rint(np.asarray(image).astype(np.float64) * (255 / 65535)).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit samples (mode {image.mode}) have no defined white; convert the file to 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def halve(image: Image.Image) -> Image.Image:
+    """Halve both sides by Lanczos; an odd last row or column is cut off so that the factor is exactly 2.
+
+    Raises:
+        BadImageError: if a side is a single pixel.
+    """
+    width, height = image.width // 2, image.height // 2
+    if not width or not height:
+        raise BadImageError(f"{image.width}x{image.height} px is too small to halve")
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, 2 * width, 2 * height))
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Encode (H, W, 3) pixels as PNG, without loss and without metadata; the same pixels give the same bytes."""
+    buffer = BytesIO()
+    # Level 4 takes 0.6 of the time of Pillow's default 6 for the same size.
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def decode_png(content: bytes) -> Pixels:
+    """Decode a PNG that `encode_png` wrote to read-only (H, W, 3) pixels.
+
+    Raises:
+        BadImageError: if it is not such a file.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except DECODING_ERRORS as error:
+        raise BadImageError(_reason(error)) from error
+
+
+def sharpness(pixels: Pixels) -> float:
+    """Measure focus: the variance of the 4-neighbour Laplacian of luminance, in squared 8-bit levels.
+
+    Source: Pech-Pacheco et al., Diatom autofocusing in brightfield microscopy, ICPR 2000 (LAP4 with BT.601 luminance).
+    """
+    luma = np.asarray(Image.fromarray(pixels).convert("L")).astype(np.int32)
+    if min(luma.shape) < 3:
+        return 0.0
+    centre = luma[1:-1, 1:-1]
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * centre
+    return float(laplacian.var())
+
+
+def _reason(error: Exception) -> str:
+    """Put a decoder's complaint into one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be decoded"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"suspiciously large, possibly a decompression bomb: {error}"
+    return f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"

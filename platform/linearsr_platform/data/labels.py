@@ -1,0 +1,107 @@
+"""What people say about photographs: tags, split, quality, licence, from a CSV table or from files beside the image."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+
+from linearsr.tags import normalise_tag
+from linearsr_platform import storage
+from linearsr_platform.errors import UserError
+
+COLUMNS = ("file", "split", "quality", "tags", "licence", "source")
+"""Columns of a table; only `file` must be there."""
+SPLITS = ("", "train", "held-out")
+QUALITIES = ("", "normal", "high")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """What is known about one photograph beside its pixels."""
+
+    tags: tuple[str, ...] = ()
+    held_out: bool = False
+    high_quality: bool = False
+    licence: str = ""
+    source: str = ""
+    """Where the photograph comes from, in words or as a link."""
+
+
+def label_of(fields: Mapping[str, object]) -> Label:
+    """Read a label from named fields, `tags` being a text or a list; other names are ignored.
+
+    Raises:
+        ValueError: if a field has the wrong type or `split` or `quality` an unknown word.
+    """
+    given = fields.get("tags", [])
+    tags = split_tags(given) if isinstance(given, str) else given
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"tags: got {given!r}; expected a list of words")
+    words = {name: fields.get(name) or "" for name in ("split", "quality", "licence", "source")}
+    for name, word in words.items():
+        if not isinstance(word, str):
+            raise ValueError(f"{name}: got {word!r}; expected a text")  # noqa: TRY004
+    for name, allowed in (("split", SPLITS), ("quality", QUALITIES)):
+        if words[name] not in allowed:
+            raise ValueError(f"{name}: got {words[name]!r}; expected one of {', '.join(filter(None, allowed))} or nothing")
+    return Label(
+        tags=tuple(dict.fromkeys(filter(None, map(normalise_tag, tags)))),
+        held_out=words["split"] == "held-out",
+        high_quality=words["quality"] == "high",
+        licence=str(words["licence"]).strip(),
+        source=str(words["source"]).strip(),
+    )
+
+
+def split_tags(text: str) -> list[str]:
+    """Split tags written in one text, separated by `;`, `,` or new lines."""
+    return re.split(r"[;,\n]", text)
+
+
+def read_table(url: str) -> dict[str, Label]:
+    """Read a CSV with the columns `COLUMNS`: file -> label.
+
+    Raises:
+        UserError: if the table is missing or broken; all broken lines are in the message.
+    """
+    try:
+        text = storage.read_bytes(url).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table {url}: cannot be read as UTF-8 text: {error}; fix: data.sources.NAME.table") from error
+    rows = csv.DictReader(StringIO(text), restkey="more")
+    header = tuple(rows.fieldnames or ())
+    if "file" not in header or not set(header) <= set(COLUMNS):
+        raise UserError(f"table {url}: got columns {', '.join(header) or 'none'}; expected `file` and some of {', '.join(COLUMNS[1:])}")
+    labels: dict[str, Label] = {}
+    problems = []
+    for row in rows:
+        try:
+            name = (row["file"] or "").strip()
+            if "more" in row:
+                raise ValueError(f"got more than {len(header)} fields; expected one for each column; fix: quote what holds a comma")
+            if not name or name in labels:
+                raise ValueError(f"file: got {name!r}; expected a name that no other line has")
+            labels[name] = label_of({column: (value or "").strip() for column, value in row.items()})
+        except ValueError as error:
+            problems.append(f"table {url}, line {rows.line_num}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return labels
+
+
+def read_side_file(url: str) -> Label:
+    """Read `NAME.txt` (tags separated by commas or new lines) or `NAME.json` ({"tags": [...], "licence": ..., ...}).
+
+    Raises:
+        ValueError: if it is neither.
+        OSError: if it cannot be read.
+    """
+    text = storage.read_bytes(url).decode("utf-8-sig")
+    if url.endswith(".txt"):
+        return Label(tags=label_of({"tags": text}).tags)
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"got {type(fields).__name__}; expected an object with `tags`")  # noqa: TRY004
+    return label_of(fields)

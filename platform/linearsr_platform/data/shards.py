@@ -1,0 +1,48 @@
+"""Write samples as uncompressed `.tar` shards that depend on nothing but the samples."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO
+
+from linearsr_platform import storage
+from linearsr_platform.data.images import Pixels, encode_png
+from linearsr_platform.data.manifest import ShardInfo, file_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A named picture with what is known about it."""
+
+    key: str
+    pixels: Pixels
+    """(H, W, 3) RGB."""
+    meta: dict[str, object]
+    """Written as `KEY.json`; JSON-able."""
+
+
+def write_shard(folder: str, name: str, samples: Iterable[Sample]) -> ShardInfo:
+    """Write `folder`/`name` at once: `KEY.png` and `KEY.json` of each sample, `sha256` being that of the PNG.
+
+    Returns: size and hash, with the last part of `folder` and `name` as path.
+    """
+    count = 0
+    with storage.atomic_file(storage.join(folder, name)) as path:
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                png = encode_png(sample.pixels)
+                height_px, width_px = sample.pixels.shape[:2]
+                facts = {"width_px": width_px, "height_px": height_px, "sha256": hashlib.sha256(png).hexdigest()}
+                _add(tar, f"{sample.key}.png", png)
+                _add(tar, f"{sample.key}.json", json.dumps({**sample.meta, **facts}, sort_keys=True).encode())
+                count += 1
+        return ShardInfo(f"{storage.name_of(folder)}/{name}", count, path.stat().st_size, file_hash(str(path)))
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a member; TarInfo's own owner, mode and time (0) are the same everywhere."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
