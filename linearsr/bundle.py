@@ -1,0 +1,170 @@
+"""A released model: a folder of safetensors and JSON that holds every expert and what ties them together.
+
+Nothing in it is executable: only safetensors and JSON are read, and every file is checked against its hash first.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from linearsr.config import (
+    BackboneConfig,
+    CodecConfig,
+    FlowConfig,
+    LatentStatistics,
+    ModelConfig,
+    SamplerConfig,
+    TagsConfig,
+)
+
+FORMAT = "linearsr-bundle/1"
+MANIFEST = "bundle.json"
+
+
+class BundleError(ValueError):
+    """A bundle cannot be read or written; the message says which file, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on disk whose files were checked."""
+
+    folder: Path
+    config: ModelConfig
+    statistics: LatentStatistics
+    boundaries: tuple[float, ...]
+    """Ascending noise levels; one expert more than boundaries."""
+    sampler: SamplerConfig
+    """How pictures are drawn unless the caller says otherwise."""
+    experts: tuple[Path, ...]
+    """Weights, noisiest expert first."""
+    precision: str
+    """Dtype that the network runs in: part of the model's identity."""
+    lineage: Mapping[str, Any]
+    """What it was made from: hashes, knee steps, parents."""
+    digest: str
+    """SHA-256 of `bundle.json`, which holds the hashes of all other files."""
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    statistics: LatentStatistics,
+    boundaries: Sequence[float],
+    sampler: SamplerConfig,
+    expert_weights: Sequence[Path],
+    lineage: Mapping[str, object],
+    precision: str = "float32",
+) -> Bundle:
+    """Write a bundle to `folder`, whole or not at all, and return it as `load_bundle` would.
+
+    Args:
+        folder: Made here; must not exist.
+        config, statistics, boundaries, sampler, precision: See `Bundle`.
+        expert_weights: Safetensors files, noisiest expert first.
+        lineage: What the model was made from, JSON-able.
+
+    Raises:
+        BundleError: if the folder exists, or there is not one expert more than boundaries.
+    """
+    if folder.exists():
+        raise BundleError(f"{folder}: exists already; expected a new folder; fix: choose another name or remove it")
+    if len(expert_weights) != len(boundaries) + 1:
+        raise BundleError(f"bundle: got {len(expert_weights)} experts for boundaries {tuple(boundaries)}; expected {len(boundaries) + 1}")
+    temporary = folder.with_name(f"{folder.name}.part-{uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for index, source in enumerate(expert_weights, start=1):
+            name = f"expert-{index}.safetensors"
+            shutil.copyfile(source, temporary / name)
+            files[name] = _sha256(temporary / name)
+        content = {
+            "format": FORMAT,
+            "config": asdict(config),
+            "statistics": asdict(statistics),
+            "boundaries": list(boundaries),
+            "sampler": asdict(sampler),
+            "precision": precision,
+            "files": files,
+            "lineage": dict(lineage),
+        }
+        (temporary / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False), encoding="utf-8")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return load_bundle(folder)
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check every file against its hash.
+
+    Raises:
+        BundleError: naming the file that is missing, foreign or changed.
+    """
+    manifest = Path(folder) / MANIFEST
+    try:
+        raw = manifest.read_bytes()
+        content = json.loads(raw)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{manifest}: expected a bundle's JSON: {error}; fix: name the folder that holds bundle.json") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise BundleError(f"{manifest}: format: got {got!r}; expected {FORMAT!r}; fix: assemble the bundle with this version")
+    try:
+        bundle = _parse(manifest.parent, content, hashlib.sha256(raw).hexdigest())
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{manifest}: expected the fields of {FORMAT}: {error}; fix: assemble the bundle again") from error
+    for name, expected in content["files"].items():
+        path = manifest.parent / name
+        got = _sha256(path) if path.is_file() else "no file"
+        if got != expected:
+            raise BundleError(f"{path}: got SHA-256 {got}; expected {expected}; fix: fetch the bundle again, it was changed or cut short")
+    return bundle
+
+
+def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
+    boundaries = tuple(float(t) for t in content["boundaries"])
+    names = [f"expert-{index}.safetensors" for index in range(1, len(boundaries) + 2)]
+    if sorted(content["files"]) != sorted(names):
+        raise ValueError(f"files: got {sorted(content['files'])}; expected {names}")
+    return Bundle(
+        folder=folder,
+        config=_model_config(content["config"]),
+        statistics=LatentStatistics(**{name: tuple(values) for name, values in content["statistics"].items()}),
+        boundaries=boundaries,
+        sampler=_sampler(content["sampler"]),
+        experts=tuple(folder / name for name in names),
+        precision=str(content["precision"]),
+        lineage=dict(content["lineage"]),
+        digest=digest,
+    )
+
+
+def _model_config(value: Mapping[str, Any]) -> ModelConfig:
+    parts = dict(value)
+    tags = dict(parts.pop("tags"))
+    return ModelConfig(
+        codec=CodecConfig(**parts.pop("codec")),
+        backbone=BackboneConfig(**parts.pop("backbone")),
+        flow=FlowConfig(**parts.pop("flow")),
+        tags=TagsConfig(vocabulary=tuple(tags.pop("vocabulary")), **tags),
+        **parts,
+    )
+
+
+def _sampler(value: Mapping[str, Any]) -> SamplerConfig:
+    parts = dict(value)
+    times = parts.pop("times")
+    return SamplerConfig(times=None if times is None else tuple(times), **parts)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,277 @@
+"""Image metrics with a fixed protocol: PSNR and SSIM on Y computed here, the others by pyiqa.
+
+Nothing is ever downloaded: a metric that needs weights reads them from a local folder or says what to put there.
+"""
+
+import importlib
+import io
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from linearsr.metric_table import METRICS, MetricSpec, metric_spec
+
+__all__ = [
+    "METRICS",
+    "PROTOCOLS",
+    "Meter",
+    "MetricError",
+    "MetricSpec",
+    "MissingWeightsError",
+    "metric_spec",
+    "orientations",
+    "psnr_y",
+    "ssim_y",
+]
+
+PROTOCOLS: dict[str, int] = {"quickstart": 4, "classic": 4}
+"""Pixels cut off each side before PSNR-Y and SSIM-Y, by protocol: as many as the scale, 4."""
+
+IDENTICAL_PSNR_DB = 100.0
+"""PSNR of identical images: finite, so that means and JSON survive it, and above any that differ visibly."""
+
+_SMALLEST_SIDE_PX = {"ssim_y": 11, "ms_ssim": 176, "niqe": 192, "maniqa": 224, "maniqa-pipal": 224}
+# Metrics whose own file is loaded here, and whether it holds every parameter: LPIPS and DISTS add theirs to an ImageNet network.
+_OWN_STATE = {"lpips": False, "dists": False, "musiq": True, "maniqa": True, "maniqa-pipal": True}
+_NIQE_FROM_BASICSR = "niqe_pris_params.npz"
+
+
+class MetricError(ValueError):
+    """A metric cannot be computed here; the message says what is missing and how to bring it."""
+
+
+class MissingWeightsError(MetricError):
+    """A metric's weights are not in the weights folder."""
+
+
+def orientations(names: Sequence[str]) -> dict[str, bool]:
+    """Map each metric to whether a higher value is better, as `KneeDetector` wants it."""
+    return {name: metric_spec(name).higher_is_better for name in names}
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Turn RGB (B, 3, H, W) in [0, 1] into Y (B, 1, H, W) in [16, 235], float64. Source: BT.601 studio range, as MATLAB and BasicSR."""
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device).view(1, 3, 1, 1)
+    return (image.double() * weights).sum(dim=1, keepdim=True) + 16
+
+
+def psnr_y(sr: Tensor, hr: Tensor) -> Tensor:
+    """Return the PSNR of Y in dB, (B,) float64, for RGB (B, 3, H, W) in [0, 1]; identical images give `IDENTICAL_PSNR_DB`."""
+    error = (luminance(sr) - luminance(hr)).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(255**2 / error)).clamp(max=IDENTICAL_PSNR_DB)
+
+
+def ssim_y(sr: Tensor, hr: Tensor) -> Tensor:
+    """Return the SSIM of Y, (B,) float64, for RGB (B, 3, H, W) in [0, 1] with sides of at least 11 px.
+
+    Source: Wang et al. 2004: 11-tap Gaussian of sigma 1.5, 'valid', K = (0.01, 0.03), L = 255.
+    """
+    offsets = torch.arange(-5, 6, dtype=torch.float64, device=sr.device)
+    taps = torch.softmax(-offsets.square() / (2 * 1.5**2), dim=0)
+
+    def blur(image: Tensor) -> Tensor:
+        return conv2d(conv2d(image, taps.view(1, 1, 11, 1)), taps.view(1, 1, 1, 11))
+
+    x, y = luminance(sr), luminance(hr)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
+
+
+_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y}
+
+
+class Meter:
+    """Measures images by several metrics under one protocol."""
+
+    def __init__(self, names: Sequence[str], protocol: str = "quickstart", weights: str | None = None) -> None:
+        """Check that every metric can be computed here; networks are loaded at the first `measure`.
+
+        Args:
+            names: metrics, of `METRICS`.
+            protocol: one of `PROTOCOLS`.
+            weights: local folder with the files of weights that learned metrics need.
+
+        Raises:
+            ValueError: for an unknown name or protocol.
+            MetricError: if pyiqa is needed and cannot be imported.
+            MissingWeightsError: if a file of weights is not in the folder.
+        """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: got {protocol!r}; expected one of {', '.join(PROTOCOLS)}; fix: `evaluate.protocol`")
+        self.names = tuple(names)
+        self._border_px = PROTOCOLS[protocol]
+        self.protocol = f"{protocol}: 8 bit; PSNR and SSIM on Y (BT.601 studio range), border {self._border_px} px cut; others on whole RGB"
+        self._weights = None if weights is None else Path(weights)
+        self._measures: dict[tuple[str, torch.device], Callable[..., Tensor]] = {}
+        for name in self.names:
+            if metric_spec(name).needs == "weights":
+                _find_weights(name, self._weights)
+        if any(metric_spec(name).needs != "none" for name in self.names):
+            _import_pyiqa(self.names)
+
+    @torch.no_grad()
+    def measure(self, sr: Tensor, hr: Tensor | None = None) -> dict[str, Tensor]:
+        """Return metric -> (B,) float64 values of restored images against originals.
+
+        Both are rounded to 8 bit first, as a saved picture is. An image with a NaN or infinite pixel measures NaN.
+
+        Args:
+            sr: restored RGB (B, 3, H, W), nominally in [0, 1].
+            hr: originals of the same shape; may be left out if no metric needs them.
+
+        Raises:
+            ValueError: if shapes differ, an original is missing, or the images are too small for a metric.
+        """
+        if hr is not None and hr.shape != sr.shape:
+            raise ValueError(f"hr: got shape {tuple(hr.shape)}; expected that of sr, {tuple(sr.shape)}; fix: crop both alike")
+        broken = ~torch.isfinite(sr).flatten(1).all(dim=1)
+        sr, hr = _to_8_bit(sr), None if hr is None else _to_8_bit(hr)
+        values = {name: self._one(name, sr, hr) for name in self.names}
+        return {name: value.masked_fill(broken, float("nan")) for name, value in values.items()}
+
+    def _one(self, name: str, sr: Tensor, hr: Tensor | None) -> Tensor:
+        spec, border = metric_spec(name), self._border_px if name in _OWN else 0
+        if spec.full_reference and hr is None:
+            raise ValueError(f"metric {name!r}: got no originals; expected `hr`; fix: leave out full-reference metrics")
+        smallest, side = _SMALLEST_SIDE_PX.get(name, 1) + 2 * border, min(sr.shape[-2:])
+        if side < smallest:
+            raise ValueError(f"metric {name!r}: got images of {side} px; expected sides of at least {smallest} px; fix: larger crops")
+        window = (..., slice(border, sr.shape[-2] - border), slice(border, sr.shape[-1] - border))
+        images = [image[window] for image in (sr, hr) if image is not None]
+        if name not in _OWN and (name, sr.device) not in self._measures:
+            self._measures[name, sr.device] = _build(name, self._weights, sr.device)
+        measure = _OWN[name] if name in _OWN else self._measures[name, sr.device]
+        return measure(*images[: 2 if spec.full_reference else 1]).reshape(-1).double()
+
+
+def _to_8_bit(image: Tensor) -> Tensor:
+    return (image.detach().float().nan_to_num().clamp(0, 1) * 255).round() / 255
+
+
+def _import_pyiqa(names: Sequence[str]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Its own dependencies warn of their future at every import.
+            return importlib.import_module("pyiqa")
+    except ImportError as error:
+        wanted = ", ".join(name for name in names if metric_spec(name).needs != "none")
+        raise MetricError(f'metrics {wanted}: got {error}; expected pyiqa to import; fix: pip install "linearsr[metrics]"') from error
+
+
+def _find_weights(name: str, folder: Path | None) -> list[Path]:
+    """Return the files of a metric's weights, all of which exist."""
+    found = []
+    for file in metric_spec(name).weights_files:
+        candidates = [file, _NIQE_FROM_BASICSR] if name == "niqe" else [file]
+        present = [folder / candidate for candidate in candidates if folder is not None and (folder / candidate).is_file()]
+        if not present:
+            where = "no folder of weights" if folder is None else f"no such file in {folder}"
+            wanted = " or ".join(candidates)
+            into = "a folder and set `validation.weights` to it" if folder is None else f"{folder} (`validation.weights`)"
+            raise MissingWeightsError(f"metric {name!r}: got {where}; expected {wanted}; fix: put it into {into}, or leave {name!r} out")
+        found.append(present[0])
+    return found
+
+
+def _build(name: str, folder: Path | None, device: torch.device) -> Callable[..., Tensor]:
+    """Build a pyiqa metric on `device` without network access, console output or a change of the random state."""
+    pyiqa = _import_pyiqa([name])
+    files = _find_weights(name, folder)
+    try:
+        with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), warnings.catch_warnings(), _offline(files):
+            warnings.simplefilter("ignore")
+            metric = pyiqa.create_metric(name, device=device, **_options(name, files))
+        if name in _OWN_STATE:
+            _load_state(metric.net, files[0], strict=_OWN_STATE[name])
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+        what = ", ".join(map(str, files)) or "pyiqa"
+        raise MetricError(f"metric {name!r}: got an error from {what} ({error}); expected it to load; fix: download it again") from error
+    return metric  # type: ignore[no-any-return]
+
+
+def _options(name: str, files: Sequence[Path]) -> dict[str, object]:
+    """Return what makes pyiqa read `files`, or nothing, instead of downloading."""
+    if name == "clipiqa":
+        _import_clip()
+        return {"backbone": str(files[0])}
+    if name == "niqe":
+        return _niqe_options(files[0])
+    return {"pretrained": False} if name in _OWN_STATE else {}
+
+
+def _niqe_options(file: Path) -> dict[str, object]:
+    matlab = importlib.import_module("scipy.io")
+    if file.name != _NIQE_FROM_BASICSR:
+        try:
+            matlab.loadmat(file)
+        except matlab.matlab.MatReadError as error:  # Not a ValueError, so it is made one.
+            raise ValueError(error) from error
+        return {"pretrained_model_path": str(file)}
+    # BasicSR publishes the same two arrays as .npz and measures Y of YCbCr; pyiqa reads .mat only.
+    as_mat = io.BytesIO()
+    with np.load(file, allow_pickle=False) as arrays:
+        matlab.savemat(as_mat, {"mu_prisparam": arrays["mu_pris_param"], "cov_prisparam": arrays["cov_pris_param"]})
+    as_mat.seek(0)
+    return {"pretrained_model_path": as_mat, "color_space": "ycbcr"}
+
+
+def _load_state(net: torch.nn.Module, file: Path, *, strict: bool) -> None:
+    """Load a state dict without unpickling code; unless `strict`, the file may leave parameters out."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    missing, unexpected = net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=False)
+    if unexpected or (strict and missing):
+        raise ValueError(f"{len(unexpected)} unknown and {len(missing)} missing parameters for {type(net).__name__}")
+
+
+def _import_clip() -> None:
+    """Import openai-clip, which takes `packaging` from `pkg_resources`, where setuptools 70 and later no longer have it."""
+    importlib.import_module("packaging.version")
+    stand_in = ModuleType("pkg_resources")
+    vars(stand_in)["packaging"] = importlib.import_module("packaging")
+    before = sys.modules.get("pkg_resources")
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        importlib.import_module("clip")
+    finally:
+        del sys.modules["pkg_resources"]
+        if before is not None:
+            sys.modules["pkg_resources"] = before
+
+
+@contextmanager
+def _offline(files: Sequence[Path]) -> Iterator[None]:
+    """Let torchvision find `files` as if downloaded, and timm build networks without fetching weights that are replaced anyway."""
+    hub_folder = torch.hub.get_dir()
+    timm = importlib.import_module("timm")
+    create = timm.create_model
+
+    def create_untrained(model: str, **options: object) -> object:
+        return create(model, **{**options, "pretrained": False})
+
+    with TemporaryDirectory() as scratch:
+        cache = Path(scratch, "checkpoints")
+        cache.mkdir()
+        for file in files:
+            (cache / file.name).symlink_to(file.resolve())
+        torch.hub.set_dir(scratch)
+        timm.create_model = create_untrained  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(hub_folder)
+            timm.create_model = create  # type: ignore[attr-defined]

@@ -1,0 +1,83 @@
+"""Runs a loaded recipe: puts together tracking, cluster and display, and says where to look at the end."""
+
+import getpass
+from contextlib import ExitStack
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import typer
+
+from linearsr_platform import storage
+from linearsr_platform.cli.environment import quiet_libraries
+from linearsr_platform.cli.progress import RunDisplay, make_display
+from linearsr_platform.recipe.load import LoadedRecipe
+from linearsr_platform.report.model import StageRecord
+
+if TYPE_CHECKING:
+    from linearsr_platform.stages.context import RunContext
+
+
+def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
+    """Run all stages, then write the report, also when a stage failed."""
+    quiet_libraries(verbose=verbose)
+    from linearsr_platform.stages.pipeline import run_pipeline
+    from linearsr_platform.stages.preflight import check_before_start
+    from linearsr_platform.stages.report import write as write_run_report
+
+    started = datetime.now().astimezone()
+    check_before_start(loaded.recipe)
+    records: list[StageRecord] = []
+    with ExitStack() as closing, make_display() as display:
+        context = open_context(loaded, display, closing, verbose=verbose)
+        with context.pipeline_run:
+            storage.write_json(storage.join(context.run_url, "recipe.json"), {"hash": loaded.hash, **loaded.resolved})
+            try:
+                run_pipeline(context, redo_from=redo_from, records=records)
+            finally:
+                report = write_run_report(context, records, started)
+    _say_where_to_look(context, report)
+
+
+def open_context(loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, *, verbose: bool) -> "RunContext":
+    """Connect tracking and prepare, without starting it, the cluster."""
+    from linearsr_platform.cluster.session import cluster_session
+    from linearsr_platform.stages.context import RunContext
+    from linearsr_platform.tracking.runs import Tracker
+    from linearsr_platform.tracking.store import default_artifact_root, default_uri
+
+    recipe = loaded.recipe
+    root = storage.absolute(recipe.storage)
+    tracker = Tracker(
+        recipe.tracking.uri or default_uri(root),
+        recipe.tracking.experiment or recipe.name,
+        artifact_root=default_artifact_root(root),
+    )
+    pipeline_run = tracker.start_pipeline(recipe.name, tags={"recipe_hash": loaded.hash}, params=loaded.resolved)
+    pipeline_run.log_dict(loaded.resolved, "recipe.json")
+    opened = False
+
+    def open_cluster() -> None:
+        nonlocal opened
+        if not opened:
+            closing.enter_context(cluster_session(recipe.cluster, verbose=verbose))
+        opened = True
+
+    return RunContext(
+        loaded=loaded,
+        storage_url=root,
+        tracker=tracker,
+        pipeline_run=pipeline_run,
+        display=display,
+        user=getpass.getuser(),
+        open_cluster=open_cluster,
+    )
+
+
+def _say_where_to_look(context: "RunContext", report: str) -> None:
+    for label, value in (
+        ("report", report),
+        ("pictures", storage.join(context.run_url, "pictures")),
+        ("model", f"models:/{context.recipe.model_name}@champion"),
+        ("MLflow", f"mlflow ui --backend-store-uri {context.tracker.uri}"),
+    ):
+        typer.echo(f"{label:<9} {value}")

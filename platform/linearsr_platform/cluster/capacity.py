@@ -1,0 +1,67 @@
+"""How many workers a cluster has room for, as plain arithmetic. Imports no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from linearsr_platform.errors import UserError
+from linearsr_platform.train.job import TrainJob
+
+TRAINER_BYTES = 1.0e9
+"""Memory of Ray Train's helper processes of one trainer: controller, synchronisation, data manager, cleaner."""
+WORKER_BYTES = 0.8e9
+"""Memory of a worker with torch and DeepSpeed before its first step."""
+ROUNDING = 1e-9
+"""Ten shares of 0.1 CPU fit one CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one worker reserves."""
+
+    cpus: float
+    gpus: float = 0.0
+
+    def __str__(self) -> str:
+        """Write it for people."""
+        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a cluster has."""
+
+    nodes: tuple[Share, ...]
+    """What each machine has in all."""
+    memory_bytes: float | None = None
+    """Memory for all trainers together; None does not count it."""
+
+    def workers(self, share: Share) -> int:
+        """Return how many workers fit at once; each needs its share on one machine."""
+        return sum(
+            min(int(node.cpus / share.cpus + ROUNDING), int(node.gpus / share.gpus + ROUNDING) if share.gpus else 2**31)
+            for node in self.nodes
+        )
+
+
+def require_room(jobs: Sequence[TrainJob], share: Share, room: Room) -> None:
+    """Refuse jobs that could never start, however long they wait.
+
+    Raises:
+        UserError: with the arithmetic of the first of them.
+    """
+    most = room.workers(share)
+    for job in jobs:
+        if job.train.workers > most:
+            total = Share(cpus=sum(node.cpus for node in room.nodes), gpus=sum(node.gpus for node in room.nodes))
+            raise UserError(
+                f"{job.name}: got {job.train.workers} workers of {share} each; expected at most {most}, because the cluster has {total} "
+                f"on {len(room.nodes)} machines; fix: lower train.workers or cpus_per_worker, or raise cluster.num_cpus"
+            )
+
+
+def fits(job: TrainJob, running: Sequence[TrainJob], share: Share, room: Room) -> bool:
+    """Tell whether a job has room beside those that run. One job alone always has, as far as memory goes."""
+    workers = sum(other.train.workers for other in (job, *running))
+    memory = (1 + len(running)) * TRAINER_BYTES + workers * WORKER_BYTES
+    enough_memory = room.memory_bytes is None or not running or memory <= room.memory_bytes
+    return workers <= room.workers(share) and enough_memory

@@ -1,0 +1,159 @@
+"""Several trainers at once, each its own Ray Train run; those that find no room wait their turn."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayError
+
+from linearsr_platform import storage
+from linearsr_platform.cluster.board import Event, ProgressBoard
+from linearsr_platform.cluster.capacity import Room, Share, fits, require_room
+from linearsr_platform.cluster.record import finished_outcome, run_name
+from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.recipe.schema import ClusterConfig
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import TrainOutcome
+
+POLL_S = 0.3
+CANCEL_S = 30.0
+"""How long cancelled trainers get to give their workers back."""
+
+logger = logging.getLogger(__name__)
+OnPoll = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerFailure:
+    """Why one of several trainers has no outcome."""
+
+    name: str
+    message: str
+    """One sentence, beginning with the name."""
+    details: str = ""
+    """The worker's traceback."""
+    by_user: bool = False
+    """Whether it is a mistake of the user."""
+
+
+Result = TrainOutcome | TrainerFailure
+Ref = ObjectRef[Result]
+
+
+def fit_all(
+    jobs: Sequence[TrainJob],
+    cluster: ClusterConfig,
+    *,
+    storage_url: str,
+    board: ProgressBoard,
+    on_poll: OnPoll,
+    cpus_per_worker: float | None = None,
+) -> dict[str, Result]:
+    """Train all jobs, as many at once as there is room for, and return what became of each, by name.
+
+    A failing job leaves the others alone. Finished jobs start nothing. When this is interrupted, by Ctrl-C or by an exception
+    of `on_poll`, running trainers are cancelled; they resume from their checkpoints when it is called again.
+
+    Args:
+        jobs: with distinct names, folders and hence checkpoints.
+        cluster: how much each worker gets.
+        storage_url: folder for Ray Train's checkpoints.
+        board: told about progress.
+        on_poll: called about three times a second with the new events, also if there are none.
+        cpus_per_worker: instead of `cluster.cpus_per_worker`.
+
+    Raises:
+        UserError: if a job could never start on this cluster.
+    """
+    share = Share(cpus=cpus_per_worker or cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+    results: dict[str, Result] = {}
+    queue: deque[TrainJob] = deque()
+    for job in jobs:
+        outcome = finished_outcome(job)
+        if outcome is None:
+            queue.append(job)
+        else:
+            results[job.name] = outcome
+            storage.remove(storage.join(storage_url, run_name(job)))
+    if queue:
+        room = _room(cluster)
+        if cluster.address is None:
+            require_room(queue, share, room)
+        _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
+    return {job.name: results[job.name] for job in jobs}
+
+
+class _Fleet:
+    """Starts trainers as room comes free and collects what became of them."""
+
+    def __init__(self, cluster: ClusterConfig, share: Share, room: Room, storage_url: str, board: ProgressBoard) -> None:
+        self._cluster, self._share, self._room = cluster, share, room
+        self._storage_url, self._board = storage_url, board
+        self._running: dict[Ref, TrainJob] = {}
+
+    def run(self, queue: deque[TrainJob], on_poll: OnPoll, results: dict[str, Result]) -> None:
+        """Work off the queue, in its order."""
+        try:
+            while queue or self._running:
+                self._start(queue)
+                done, _ = ray.wait(list(self._running), timeout=POLL_S)
+                for ref in done:
+                    job = self._running.pop(ref)
+                    results[job.name] = self._collect(ref, job)
+                on_poll(self._board.drain())
+        finally:
+            self._cancel()
+
+    def _start(self, queue: deque[TrainJob]) -> None:
+        # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
+        while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
+            job = queue.popleft()
+            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus)
+            self._running[ref] = job
+
+    def _collect(self, ref: Ref, job: TrainJob) -> Result:
+        try:
+            result = ray.get(ref)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            result = TrainerFailure(name=job.name, message=f"{job.name}: its trainer died: {reason}", details=str(error))
+        if isinstance(result, TrainOutcome):
+            self._board.push(job.name, "end", result.steps, {}, {"stopped_by": result.stopped_by})
+        else:
+            self._board.push(job.name, "end", 0, {}, {"error": result.message})
+        return result
+
+    def _cancel(self) -> None:
+        """Stop what still runs and wait until its workers are given back."""
+        running = list(self._running)
+        for ref in running:
+            # Not by force: Ray Train then has no chance to give up the workers' reservation.
+            ray.cancel(ref, force=False)
+        _, stuck = ray.wait(running, num_returns=len(running), timeout=CANCEL_S) if running else ([], [])
+        if stuck:
+            names = ", ".join(self._running[ref].name for ref in stuck)
+            logger.warning("trainers did not stop within %g s: %s", CANCEL_S, names)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _train(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus_per_worker: float) -> Result:
+    """Run one trainer. A task, because it can be cancelled; without CPUs, because an expert would wait for its own."""
+    # Imports torch, which the driver need not.
+    from linearsr_platform.cluster.trainer import fit
+
+    try:
+        return fit(job, cluster, storage_url=storage_url, board=board, cpus_per_worker=cpus_per_worker)
+    except (UserError, StageError) as error:
+        details = getattr(error, "details", "")
+        return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError))
+
+
+def _room(cluster: ClusterConfig) -> Room:
+    """Return what the cluster has; memory only of a local one, whose trainers share it with nobody."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    shares = tuple(Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0)) for resources in nodes)
+    memory_bytes = sum(resources.get("memory", 0.0) for resources in nodes) if cluster.address is None else None
+    return Room(nodes=shares, memory_bytes=memory_bytes)

@@ -1,0 +1,52 @@
+"""Which job a folder belongs to, and whether that job is finished. Imports no Ray."""
+
+from pydantic import TypeAdapter
+
+from linearsr_platform import storage
+from linearsr_platform.errors import StageError
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import TrainOutcome
+
+JOB_FILE = "job.json"
+OUTCOME_FILE = "outcome.json"
+
+
+def job_hash(job: TrainJob) -> str:
+    """Return the identity of a job: everything in it but how often it may be restarted."""
+    content = TypeAdapter(TrainJob).dump_python(job, mode="json")
+    del content["train"]["max_failures"]
+    return stable_hash(content)
+
+
+def run_name(job: TrainJob) -> str:
+    """Return the name under which Ray Train keeps and finds the checkpoints of exactly this job."""
+    return f"{job.name}-{job_hash(job)[:12]}"
+
+
+def finished_outcome(job: TrainJob) -> TrainOutcome | None:
+    """Return what this very job came to, if it has been done; None if not, or if another job wrote its folder.
+
+    Raises:
+        StageError: if the outcome is there but not readable.
+    """
+    url = storage.join(job.output_url, OUTCOME_FILE)
+    if _recorded_hash(job) != job_hash(job) or not storage.exists(url):
+        return None
+    try:
+        return TrainOutcome.from_json(storage.read_json(url))
+    except ValueError as error:
+        raise StageError(f"{url}: {error}; fix: delete it to train {job.name} again") from error
+
+
+def claim_folder(job: TrainJob) -> None:
+    """Make the job's folder its own: an outcome of another job goes."""
+    if _recorded_hash(job) != job_hash(job):
+        storage.remove(storage.join(job.output_url, OUTCOME_FILE))
+        storage.write_json(storage.join(job.output_url, JOB_FILE), {"name": job.name, "hash": job_hash(job)})
+
+
+def _recorded_hash(job: TrainJob) -> object:
+    url = storage.join(job.output_url, JOB_FILE)
+    record = storage.read_json(url) if storage.exists(url) else None
+    return record["hash"] if isinstance(record, dict) else None

@@ -1,0 +1,190 @@
+"""Start a Ray cluster on this machine or join an existing one, and stop at the end what was started."""
+
+import logging
+import os
+import secrets
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+import linearsr
+import linearsr_platform
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.schema import ClusterConfig
+
+MIN_OBJECT_STORE_MB = 75
+"""Ray refuses a smaller object store."""
+MAX_TEMPORARY_ROOT = 20
+"""Characters a folder for temporary files may have: Ray puts sockets below it, whose whole path may have 107."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Ray hides GPUs from workers that ask for none only if told so, and warns at every worker until it is told anything.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+LOCAL_TRAIN = {
+    # Ray Train's default of 2 s between polls is 2 s at the end of every trainer and at every checkpoint.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # One process less a trainer (1.6 CPU seconds, 125 MB): a local cluster has no node that could be preempted.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+REMOTE_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+QUEUE_POLL_S = 10.0
+"""How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def cluster_session(config: ClusterConfig, *, verbose: bool = False) -> Iterator[None]:
+    """Be connected to a Ray cluster inside the block.
+
+    Without an address a cluster is started on this machine and stopped at the end; with one it is joined and left. If the
+    process is connected already, that cluster is used and kept. Environment variables that the user has set are respected.
+
+    Args:
+        config: where, and how much of this machine.
+        verbose: show Ray's logs and keep those of a local cluster.
+
+    Raises:
+        UserError: if the cluster cannot be reached or the two packages come from different places.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    folders = package_folders()
+    if config.address is None:
+        with _local_cluster(config, folders, verbose):
+            yield
+    else:
+        with _existing_cluster(config.address, config, folders, verbose):
+            yield
+
+
+def package_folders() -> tuple[Path, Path]:
+    """Return where `linearsr` and `linearsr_platform` are imported from.
+
+    Raises:
+        UserError: if they belong to different installations; workers could then run other code than the driver.
+    """
+    method, machinery = Path(linearsr.__path__[0]).resolve(), Path(linearsr_platform.__path__[0]).resolve()
+    if machinery.parent not in (method.parent, method.parent / "platform"):
+        raise UserError(
+            f"installation: got linearsr from {method} and linearsr_platform from {machinery}; expected one checkout or one "
+            "installation; fix: install again (`pip install -e .`) or clear PYTHONPATH"
+        )
+    return method, machinery
+
+
+@contextmanager
+def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: bool) -> Iterator[None]:
+    if config.object_store_mb < MIN_OBJECT_STORE_MB:
+        raise UserError(
+            f"cluster.object_store_mb: got {config.object_store_mb}; expected at least {MIN_OBJECT_STORE_MB}; "
+            "fix: raise cluster.object_store_mb"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="linearsr-ray-", dir=_temporary_root()))
+    try:
+        _choose_token()
+        with _environment(_local_variables(config, folders)):
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                object_store_memory=config.object_store_mb * 2**20,
+                # Ray Train asks the dashboard's State API whether a controller lives; without it a killed trainer keeps its CPUs.
+                include_dashboard=True,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                _temp_dir=str(folder),
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        if verbose:
+            logger.info("Ray's logs are kept in %s", folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, Path], verbose: bool) -> Iterator[None]:
+    # Nodes may hold another version of the packages, or none: all workers get the driver's.
+    variables = {**_accelerator(config), **_waiting(config), **REMOTE_TRAIN, **QUIET}
+    runtime_env = {"py_modules": [str(folder) for folder in folders], "env_vars": {**variables, **_set_by_user(variables)}}
+    with _environment(variables):
+        try:
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cluster.address: got {address!r}: {error}; expected the address of a running Ray cluster; "
+                "fix: start it, or leave cluster.address out to start one here"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _local_variables(config: ClusterConfig, folders: tuple[Path, Path]) -> dict[str, str]:
+    """Return the environment of a cluster on this machine; every process of it inherits the driver's."""
+    variables = {**_accelerator(config), **_waiting(config), **LOCAL_TRAIN, **QUIET}
+    # Workers must import the very same tree, also where it is not installed. Site-packages come by themselves, and put here
+    # they would go before the standard library.
+    parents = dict.fromkeys(str(folder.parent) for folder in folders if str(folder.parent) != sysconfig.get_path("purelib"))
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [path for path in dict.fromkeys([*parents, *before]) if path]
+    return {**variables, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
+def _choose_token() -> None:
+    """Make a token for local clusters, because Ray would write one into the user's home folder.
+
+    Ray itself switches token authentication on for a new local cluster, and warns only if it is off. It reads the mode when it
+    is imported, so setting RAY_AUTH_MODE here would have no effect, and the token once a process, so it outlives the session.
+    """
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _accelerator(config: ClusterConfig) -> dict[str, str]:
+    """Return what keeps DeepSpeed from looking for accelerators that this run does not use."""
+    return {} if config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"}
+
+
+def _waiting(config: ClusterConfig) -> dict[str, str]:
+    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(min(QUEUE_POLL_S, config.queue_timeout_s))}
+
+
+def _set_by_user(names: Mapping[str, str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block, those that the user has set excepted; `PYTHONPATH` holds the user's."""
+    before = dict(os.environ)
+    os.environ.update({**variables, **{name: value for name, value in _set_by_user(variables).items() if name != "PYTHONPATH"}})
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update({name: before[name] for name in variables if name in before})
+
+
+def _temporary_root() -> str:
+    root = tempfile.gettempdir()
+    return root if len(root) <= MAX_TEMPORARY_ROOT else "/tmp"  # noqa: S108 (the shortest there is, and mkdtemp makes it safe)

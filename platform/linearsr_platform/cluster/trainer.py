@@ -1,0 +1,90 @@
+"""One job as one Ray Train `TorchTrainer`: started, restarted after failures, resumed, and its outcome read back."""
+
+from math import ceil
+
+import ray
+from ray.exceptions import RayError
+
+# What `ray.train` exports at run time; type checkers see the former version there.
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from linearsr_platform import storage
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
+from linearsr_platform.cluster.record import claim_folder, finished_outcome, run_name
+from linearsr_platform.cluster.session import QUEUE_POLL_S
+from linearsr_platform.cluster.worker import train_worker
+from linearsr_platform.recipe.schema import ClusterConfig
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import TrainOutcome
+
+CHECKPOINTS_KEPT = 2
+"""One more than needed, so that a broken last one is not the end."""
+
+
+def fit(
+    job: TrainJob, cluster: ClusterConfig, *, storage_url: str, board: ProgressBoard, cpus_per_worker: float | None = None
+) -> TrainOutcome:
+    """Train a job on the cluster and return its outcome; a finished job returns it at once, an interrupted one resumes.
+
+    Blocks, and takes over Ctrl-C while it does; `experts.fit_all` runs it in a Ray task instead.
+
+    Args:
+        job: what to do.
+        cluster: how much each worker gets.
+        storage_url: folder for Ray Train's checkpoints; they go when the job is finished.
+        board: told about progress.
+        cpus_per_worker: instead of `cluster.cpus_per_worker`.
+
+    Raises:
+        TrainerFailed: if it fails for good.
+        UserError: if the failure is a mistake of the user.
+    """
+    url = storage.join(storage_url, run_name(job))
+    outcome = finished_outcome(job)
+    if outcome is None:
+        claim_folder(job)
+        cpus = cpus_per_worker or cluster.cpus_per_worker
+        trainer = _trainer(job, cluster, storage.absolute(storage_url), board, cpus)
+        waited = (
+            f"found no room for {job.train.workers} workers of {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs in "
+            f"{cluster.queue_timeout_s:g} s; fix: wait for other work to end, or raise cluster.queue_timeout_s"
+        )
+        try:
+            trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            raise explain(job.name, error, waited=waited) from None
+        outcome = finished_outcome(job)
+    if outcome is None:
+        raise TrainerFailed(f"{job.name}: ended, but there is no outcome in {job.output_url}")
+    storage.remove(url)
+    return outcome
+
+
+def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> TorchTrainer:
+    gpus = cluster.gpus_per_worker
+    threads = max(1, int(cpus))
+    return TorchTrainer(
+        train_worker,
+        # The job by reference: Ray Train's own processes then need not import what is in it.
+        train_loop_config={"job": ray.put(job), "board": board, "threads": threads},
+        scaling_config=ScalingConfig(
+            num_workers=job.train.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=run_name(job),
+            storage_path=storage_url,
+            failure_config=FailureConfig(
+                max_failures=job.train.max_failures,
+                controller_failure_limit=ceil(cluster.queue_timeout_s / min(QUEUE_POLL_S, cluster.queue_timeout_s)) - 1,
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            callbacks=[StopAtFinalError()],
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )

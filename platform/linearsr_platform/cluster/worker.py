@@ -1,0 +1,123 @@
+"""What a Ray Train worker runs: it builds the parts that the training loop needs and tells the board how it goes."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from traceback import format_exc
+from typing import Any, cast
+
+import numpy as np
+import ray
+import ray.train
+import torch
+
+from linearsr.knee import KneeDecision
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.failures import FINAL_ERRORS
+from linearsr_platform.data.reader import CropReader, read_images
+from linearsr_platform.recipe.schema import ValidationConfig
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.protocols import Batch, BatchSource, Task
+
+CHECKPOINT_PREFIX = "step_"
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one job as one worker of a Ray Train group, from the run's last checkpoint if there is one.
+
+    Args:
+        config: `job`, a reference to a `TrainJob`; `board`, the `ProgressBoard`; `threads` for torch.
+    """
+    torch.set_num_threads(config["threads"])
+    # DeepSpeed imports mlflow if it can, only for its autotuner: 1.5 CPU seconds and 130 MB a worker. Workers never use it.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    try:
+        _train(ray.get(config["job"]), config["board"])
+    except FINAL_ERRORS as error:
+        # Only the exception travels to the driver, its traceback does not.
+        error.add_note(format_exc())
+        raise
+
+
+def _train(job: TrainJob, board: ProgressBoard) -> None:
+    # After mlflow was put out of DeepSpeed's reach.
+    from linearsr_platform.train.engine import DeepSpeedEngine
+    from linearsr_platform.train.loop import run_training
+
+    context = ray.train.get_context()
+    task = job.build_task()
+    batches = CropReader(
+        job.train_shards,
+        task.transform,
+        batch_size=job.train.micro_batch_size,
+        crops_per_image=job.train.crops_per_image,
+        seed=job.seed,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+    )
+    validation = validation_batches(task, job.validation, job.validation_shards)
+    engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
+    observer = BoardObserver(board, job.name)
+    checkpoint = ray.train.get_checkpoint()
+    with ExitStack() as stack:
+        resume, step = None, 0
+        if checkpoint is not None:
+            resume = Path(stack.enter_context(checkpoint.as_directory()))
+            step = int(PurePosixPath(checkpoint.path).name.removeprefix(CHECKPOINT_PREFIX))
+        observer.on_start(step)
+        run_training(engine, cast("BatchSource", batches), validation, job, observer, resume=resume)
+
+
+def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[str]) -> list[Batch]:
+    """Make the fixed validation crops, dealt out over the images in turn, as batches; the same in every worker."""
+    images = read_images(shards)
+    examples = []
+    for index in range(config.crops):
+        _, image, meta = images[index % len(images)]
+        tags = meta["tags"]
+        examples.append(task.validation_example(image, tags if isinstance(tags, list) else [], config.crop_px, index))
+    chunks = [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
+    return [{name: torch.from_numpy(np.stack([example[name] for example in chunk])) for name in chunk[0]} for chunk in chunks]
+
+
+class BoardObserver:
+    """Tells the board what happens, and hands checkpoints to Ray Train."""
+
+    def __init__(self, board: ProgressBoard, source: str) -> None:
+        """Speak for one worker of the job `source`."""
+        self._board = board
+        self._source = source
+        self._leads = ray.train.get_context().get_world_rank() == 0
+
+    def on_start(self, step: int) -> None:
+        """Say that training begins, at `step` if it resumes."""
+        if self._leads:
+            self._board.push(self._source, "start", step, {"workers": ray.train.get_context().get_world_size()})
+
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass on the metrics of the steps since the last call."""
+        self._board.push(self._source, "metrics", step, values)
+
+    def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
+        """Pass on a validation and what the knee detector made of it."""
+        self._board.push(self._source, "validation", step, values, asdict(decision))
+
+    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
+        """Store this worker's share and return when the run would resume from it.
+
+        The upload is synchronous, and worker 0 also waits for Ray Train's controller to take note (half a polling interval; the
+        others meet it at the next step). Ray's asynchronous mode would lose more than one checkpoint interval to a worker that
+        dies before it is through.
+        """
+        ray.train.report(
+            {"step": step, **values},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"{CHECKPOINT_PREFIX}{step:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if self._leads:
+            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+            self._board.push(self._source, "checkpoint", step, {})

@@ -1,0 +1,70 @@
+"""Stage `assemble`: the experts' knees, boundaries and sampler become one bundle."""
+
+from contextlib import ExitStack
+
+from linearsr.bundle import load_bundle, save_bundle
+from linearsr.experts import steps_per_expert
+from linearsr.sampling import sampling_times
+from linearsr_platform import storage
+from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.experts import boundaries_of, expert_names
+from linearsr_platform.stages.jobs import knee_weights, model_config, statistics_of
+from linearsr_platform.stages.prepare import manifest_of
+from linearsr_platform.tracking.runs import TrackedRun
+
+BUNDLE = "bundle"
+
+
+def settings(context: RunContext) -> object:
+    """Return the sampler, which a bundle carries."""
+    return context.recipe.model_dump(mode="json")["sampler"]
+
+
+def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+    """Write the bundle below `url`."""
+    warn_of_idle_experts(context)
+    trainers = context.results["finetune"].data["trainers"]
+    names = expert_names(context)
+    lineage = {
+        "recipe": context.recipe.name,
+        "recipe_hash": context.loaded.hash,
+        "manifest_digest": manifest_of(context).digest,
+        "protocol": context.recipe.evaluate.protocol,
+        "stages": {name: result.key for name, result in context.results.items()},
+        "knee_steps": {
+            stage: {name: outcome["knee_step"] for name, outcome in context.results[stage].data["trainers"].items()}
+            for stage in ("pretrain", "experts", "finetune")
+        },
+    }
+    target = storage.join(url, BUNDLE)
+    with ExitStack() as stack, storage.atomic_folder(target) as folder:
+        weights = [stack.enter_context(storage.local_path(knee_weights(trainers, name))) for name in names]
+        save_bundle(
+            folder / BUNDLE,
+            config=model_config(context),
+            statistics=statistics_of(context),
+            boundaries=boundaries_of(context),
+            sampler=context.recipe.sampler,
+            expert_weights=weights,
+            lineage=lineage,
+            precision=context.recipe.finetune.train.precision,
+        )
+    with storage.local_path(storage.join(target, BUNDLE)) as local:
+        digest = load_bundle(local).digest
+    tracked.set_tags({"bundle_digest": digest})
+    return StageOutput(f"{len(names)} experts, digest {digest[:12]}", {"bundle": f"{BUNDLE}/{BUNDLE}", "digest": digest})
+
+
+def warn_of_idle_experts(context: RunContext) -> None:
+    """Say so if the recipe's sampler never calls an expert."""
+    recipe = context.recipe
+    counts = steps_per_expert(sampling_times(recipe.sampler, recipe.model.flow.shift), boundaries_of(context))
+    idle = [name for name, count in zip(expert_names(context), counts, strict=True) if count == 0]
+    if idle:
+        context.display.message(f"warning: the sampler's {recipe.sampler.num_steps} steps never call {', '.join(idle)}; add steps or times")
+
+
+def bundle_url(context: RunContext) -> str:
+    """Return the folder of the assembled bundle."""
+    result = context.results["assemble"]
+    return storage.join(result.url, *str(result.data["bundle"]).split("/"))

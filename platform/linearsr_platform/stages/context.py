@@ -1,0 +1,129 @@
+"""What every stage is given, what it returns, and who it tells about progress."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from linearsr_platform import storage
+from linearsr_platform.recipe.load import LoadedRecipe
+from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.tracking.runs import TrackedRun, Tracker
+
+
+EventKind = Literal["start", "metrics", "validation", "checkpoint", "end", "state"]
+
+
+class Display(Protocol):
+    """Who shows the user what happens."""
+
+    def stage_started(self, name: str) -> None:
+        """A stage begins."""
+
+    def stage_finished(self, name: str, seconds: float, summary: str) -> None:
+        """A stage ended well."""
+
+    def stage_skipped(self, name: str, summary: str) -> None:
+        """A stage was done before and its result is taken."""
+
+    def stage_failed(self, name: str, reason: str) -> None:
+        """A stage ended in an error, which follows."""
+
+    def task(self, name: str, total: int, unit: str) -> None:
+        """A counted piece of work inside a stage begins."""
+
+    def update(self, name: str, done: int, total: int | None = None) -> None:
+        """That work got to `done` of `total`."""
+
+    def trainer_event(
+        self,
+        name: str,
+        kind: EventKind,
+        step: int,
+        values: Mapping[str, float],
+        total_steps: int | None = None,
+        max_seconds: float | None = None,
+        state: str | None = None,
+    ) -> None:
+        """A trainer reported metrics, a validation, a checkpoint or a change of state."""
+
+    def message(self, text: str) -> None:
+        """Something worth a line of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a finished stage left behind; kept as `result.json` in its folder, written last."""
+
+    stage: str
+    key: str
+    """Hash of everything that decides the result."""
+    url: str
+    """Folder of its artifacts."""
+    summary: str
+    """One line for people."""
+    seconds: float
+    run_id: str
+    """MLflow run that made it."""
+    data: dict[str, Any]
+    """What later stages read, as JSON."""
+
+    def write(self) -> None:
+        """Publish the result: from now on the stage counts as done."""
+        storage.write_json(storage.join(self.url, "result.json"), asdict(self))
+
+    @classmethod
+    def read(cls, url: str) -> "StageResult | None":
+        """Return the result in a stage's folder, or None if the stage was never finished there."""
+        file = storage.join(url, "result.json")
+        if not storage.exists(file):
+            return None
+        value: Any = storage.read_json(file)
+        # The folder may have been moved since: where it is found is where it is.
+        return cls(**{**value, "url": url})
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage's function returns."""
+
+    summary: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunContext:
+    """Everything a stage may use."""
+
+    loaded: LoadedRecipe
+    storage_url: str
+    """Absolute root of storage; runs of all recipes live under it."""
+    tracker: Tracker
+    pipeline_run: TrackedRun
+    display: Display
+    user: str
+    """Who runs this; goes into the history of promotions."""
+    open_cluster: Callable[[], None]
+    """Starts or joins the Ray cluster at the first call; later calls do nothing."""
+    results: dict[str, StageResult] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The validated recipe."""
+        return self.loaded.recipe
+
+    @property
+    def run_url(self) -> str:
+        """Folder of everything runs of this recipe's name write."""
+        return storage.join(self.storage_url, self.recipe.name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline."""
+
+    needs: tuple[str, ...]
+    """Earlier stages whose results it reads."""
+    settings: Callable[[RunContext], object]
+    """What else decides its result, as JSON."""
+    run: Callable[[RunContext, str, TrackedRun], StageOutput]
+    """Does the work: context, folder of the stage, its MLflow run."""

@@ -1,0 +1,176 @@
+"""Training jobs: what a stage asks of its trainers, and how what they report reaches the user and MLflow.
+
+The only file of the platform that names the method's task; a worker builds it from the picklable config.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from linearsr.config import LatentStatistics, ModelConfig, TagsConfig
+from linearsr.task import TaskConfig
+from linearsr_platform import storage
+from linearsr_platform.cluster.board import Event, ProgressBoard
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.errors import StageError
+from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.prepare import manifest_of, shards_of
+from linearsr_platform.tracking.runs import TrackedRun
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import TrainOutcome
+
+TASK = "linearsr.task:SuperResolutionTask"
+
+
+def model_config(context: RunContext) -> ModelConfig:
+    """Return the network's config: the recipe's model section, with the data's tags."""
+    model = context.recipe.model
+    return ModelConfig(
+        scale=model.scale,
+        codec=model.codec,
+        backbone=model.resolved_backbone,
+        flow=model.flow,
+        prior=model.prior,
+        tags=TagsConfig(vocabulary=manifest_of(context).vocabulary, max_tags=model.max_tags, dropout=model.tag_dropout),
+    )
+
+
+def statistics_of(context: RunContext) -> LatentStatistics:
+    """Return the latent statistics that `pretrain` measured."""
+    value = context.results["pretrain"].data["statistics"]
+    return LatentStatistics(**{name: tuple(numbers) for name, numbers in value.items()})
+
+
+def make_job(
+    context: RunContext,
+    *,
+    name: str,
+    url: str,
+    train: TrainConfig,
+    interval: tuple[float, float],
+    statistics: LatentStatistics,
+    split: str = "train",
+    init_weights: str | None = None,
+) -> TrainJob:
+    """Describe one trainer: the network of `interval`, fed by `split`, writing below `url`/`name`."""
+    recipe = context.recipe
+    task = TaskConfig(
+        model=model_config(context),
+        statistics=statistics,
+        interval=interval,
+        degradation=recipe.degradation,
+        augmentation=recipe.augmentation,
+        crop_px=train.crop_px,
+        validation_steps=recipe.validation.steps,
+        metrics=recipe.validation.metrics,
+        metric_weights=recipe.validation.weights,
+        seed=recipe.seed,
+    )
+    return TrainJob(
+        name=name,
+        task=TASK,
+        task_config=task,
+        train=train,
+        validation=recipe.validation,
+        train_shards=shards_of(context, split),
+        validation_shards=shards_of(context, "validation"),
+        output_url=storage.join(url, name),
+        init_weights=init_weights,
+        seed=recipe.seed,
+    )
+
+
+def run_jobs(
+    context: RunContext, jobs: Sequence[TrainJob], url: str, tracked: TrackedRun, *, cpus_per_worker: float | None = None
+) -> dict[str, TrainOutcome]:
+    """Train all jobs on the cluster, as many at once as fit, and log each as a run of its own.
+
+    Raises:
+        StageError: naming every trainer that failed; the others are finished and are not trained again.
+    """
+    context.open_cluster()
+    runs = {job.name: context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)) for job in jobs}
+    by_name = {job.name: job for job in jobs}
+
+    def on_poll(events: Iterable[Event]) -> None:
+        for event in events:
+            train = by_name[event.source].train
+            context.display.trainer_event(
+                event.source, event.kind, event.step, event.values, train.max_steps, train.max_seconds, _state(event)
+            )
+            prefix = "validation/" if event.kind == "validation" else "train/"
+            if event.kind in ("validation", "metrics"):
+                runs[event.source].log_metrics(event.step, {prefix + name: value for name, value in event.values.items()})
+
+    for name in by_name:
+        context.display.trainer_event(name, "state", 0, {}, state="queued")
+    board = ProgressBoard.start()
+    try:
+        outcomes = fit_all(
+            jobs,
+            context.recipe.cluster,
+            storage_url=storage.join(url, "ray"),
+            board=board,
+            on_poll=on_poll,
+            cpus_per_worker=cpus_per_worker,
+        )
+    finally:
+        board.close()
+    failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainerFailure)}
+    done = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainOutcome)}
+    for name, run in runs.items():
+        if name in done:
+            _log_outcome(run, done[name])
+        run.finish("FINISHED" if name in done else "FAILED")
+    if failed:
+        reasons = "; ".join(failure.message for failure in failed.values())
+        kept = f"; {', '.join(done)} finished and will not be trained again" if done else ""
+        raise StageError(f"{len(failed)} of {len(jobs)} trainers failed: {reasons}{kept}; fix the cause and run the same command again")
+    return done
+
+
+def _state(event: Event) -> str | None:
+    """Return what the trainer is doing from now on, in a word; None if that did not change."""
+    if event.kind == "end":
+        return "failed" if "error" in event.detail else "done"
+    if event.detail.get("state") == "confirmed":
+        return f"knee@{event.detail['knee_step']}"
+    return None
+
+
+def knee_weights(outcomes: Mapping[str, Any], name: str) -> str:
+    """Return the URL of the weights at a trainer's knee, from a stage result's `trainers`."""
+    return str(outcomes[name]["knee_weights"])
+
+
+def as_data(outcomes: Mapping[str, TrainOutcome]) -> dict[str, Any]:
+    """Return outcomes as a stage result keeps them."""
+    return {name: outcome.to_json() for name, outcome in outcomes.items()}
+
+
+def describe(outcomes: Mapping[str, TrainOutcome]) -> str:
+    """Say in one line where each trainer's knee was."""
+    return ", ".join(f"{name} {_knee(outcome)} {outcome.steps} steps" for name, outcome in outcomes.items())
+
+
+def _knee(outcome: TrainOutcome) -> str:
+    return "no knee in" if outcome.knee_step is None else f"knee {outcome.knee_step} of"
+
+
+def _params(job: TrainJob) -> dict[str, object]:
+    config = job.task_config
+    interval = config.interval if isinstance(config, TaskConfig) else None
+    return {"train": job.train.model_dump(mode="json"), "interval": interval, "init_weights": job.init_weights, "seed": job.seed}
+
+
+def _log_outcome(run: TrackedRun, outcome: TrainOutcome) -> None:
+    decision = outcome.decision
+    run.log_knee(knee_step=outcome.knee_step, reason=str(decision.get("reason", "")), history=outcome.history)
+    run.set_tags({"stopped_by": outcome.stopped_by, "knee_weights": outcome.knee_weights})
+    run.log_params({"outcome": {key: value for key, value in outcome.to_json().items() if key not in ("history", "decision")}})
+
+
+def statistics_data(statistics: LatentStatistics) -> dict[str, Any]:
+    """Return statistics as JSON."""
+    return {name: list(values) for name, values in asdict(statistics).items()}

@@ -1,0 +1,87 @@
+"""The pipeline: which stages there are, what each needs, and how a run goes through them.
+
+A stage's key is a hash of its settings and of the keys of the stages it needs. Its artifacts live in a folder named by
+that key, so a finished stage is found again, and a changed setting makes a new folder and leaves the old one alone.
+"""
+
+import sys
+import time
+
+from linearsr_platform import storage
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.report.model import StageRecord
+from linearsr_platform.stages import assemble, evaluate, experts, finetune, prepare, pretrain, promote, register
+from linearsr_platform.stages.context import RunContext, Stage, StageOutput, StageResult
+from linearsr_platform.tracking.runs import TrackedRun
+
+FORMAT = 1
+"""Raised when the artifacts of an older version can no longer be read."""
+
+TRAINED = ("prepare", "pretrain", "experts", "finetune")
+
+STAGES: dict[str, Stage] = {
+    "prepare": Stage((), prepare.settings, prepare.run),
+    "pretrain": Stage(("prepare",), pretrain.settings, pretrain.run),
+    "experts": Stage(("prepare", "pretrain"), experts.settings, experts.run),
+    "finetune": Stage(("prepare", "pretrain", "experts"), finetune.settings, finetune.run),
+    "assemble": Stage(TRAINED, assemble.settings, assemble.run),
+    "evaluate": Stage(("prepare", "assemble"), evaluate.settings, evaluate.run),
+    "register": Stage(("assemble", "evaluate"), register.settings, register.run),
+    "promote": Stage(("register",), promote.settings, promote.run),
+}
+"""Every stage, in order."""
+
+
+def run_pipeline(context: RunContext, *, redo_from: str | None = None, records: list[StageRecord]) -> None:
+    """Run every stage that is not done, in order; what happened is appended to `records` as it happens.
+
+    Args:
+        context: the run.
+        redo_from: name of the first stage to do again even if it is done.
+        records: filled also when a stage fails.
+    """
+    redoing = False
+    for name, stage in STAGES.items():
+        redoing = redoing or name == redo_from
+        key = stage_key(context, name, stage)
+        url = storage.join(context.run_url, f"{name}-{key[:12]}")
+        if redoing:
+            storage.remove(url)
+        found = StageResult.read(url)
+        if found is not None:
+            context.results[name] = found
+            records.append(StageRecord(name=name, status="skipped", seconds=0.0, summary=found.summary))
+            context.pipeline_run.mark_skipped(name, f"done in run {found.run_id}")
+            context.display.stage_skipped(name, found.summary)
+            continue
+        _run_stage(context, name, stage, key, url, records)
+
+
+def stage_key(context: RunContext, name: str, stage: Stage) -> str:
+    """Return the hash that names a stage's result."""
+    needs = {need: context.results[need].key for need in stage.needs}
+    return stable_hash({"format": FORMAT, "stage": name, "settings": stage.settings(context), "needs": needs})
+
+
+def _run_stage(context: RunContext, name: str, stage: Stage, key: str, url: str, records: list[StageRecord]) -> None:
+    context.display.stage_started(name)
+    started = time.monotonic()
+    tracked: TrackedRun = context.tracker.stage_run(context.pipeline_run.run_id, name)
+    output: StageOutput | None = None
+    try:
+        with tracked:
+            output = stage.run(context, url, tracked)
+            tracked.set_tags({"key": key, "summary": output.summary})
+    finally:
+        # Interrupts too: the display must say which stage they hit, and the record goes into the report.
+        seconds = time.monotonic() - started
+        if output is None:
+            error = sys.exception()
+            reason = str(error) or type(error).__name__
+            records.append(StageRecord(name=name, status="failed", seconds=seconds, summary=reason))
+            context.display.stage_failed(name, reason)
+    result = StageResult(stage=name, key=key, url=url, summary=output.summary, seconds=seconds, run_id=tracked.run_id, data=output.data)
+    result.write()
+    context.results[name] = result
+    records.append(StageRecord(name=name, status="done", seconds=seconds, summary=output.summary))
+    context.display.stage_finished(name, seconds, output.summary)

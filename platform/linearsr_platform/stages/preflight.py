@@ -1,0 +1,35 @@
+"""What is refused before anything starts: everything that can be known without a worker."""
+
+from uuid import uuid4
+
+from linearsr.metrics import Meter, MetricError
+from linearsr_platform import storage
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.tracking.store import check_reachable
+
+
+def check_before_start(recipe: Recipe) -> None:
+    """Refuse a run whose storage cannot be written, whose MLflow does not answer or whose metrics cannot be computed.
+
+    Raises:
+        UserError: saying which, and what to do.
+    """
+    check_writable(recipe.storage)
+    if recipe.tracking.uri is not None:
+        check_reachable(recipe.tracking.uri)
+    for names, protocol in ((recipe.validation.metrics, "quickstart"), (recipe.evaluate.metrics, recipe.evaluate.protocol)):
+        try:
+            Meter(names, protocol, recipe.validation.weights)
+        except MetricError as error:
+            raise UserError(str(error)) from error
+
+
+def check_writable(url: str) -> None:
+    """Write and remove a small file under a storage root."""
+    probe = storage.join(url, f"write-test-{uuid4().hex}")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except OSError as error:
+        raise UserError(f"storage: got {url!r}; expected a place that can be written: {error}; fix: --set storage=...") from error

@@ -1,0 +1,82 @@
+"""Stage `prepare`: photographs to checked shards."""
+
+from linearsr_platform import storage
+from linearsr_platform.data.manifest import Manifest, load_manifest
+from linearsr_platform.data.prepare import prepare
+from linearsr_platform.data.sources import list_source
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.tracking.runs import TrackedRun
+
+
+def settings(context: RunContext) -> object:
+    """Return the data section, the tables' contents and which files the sources hold now, so new photographs are noticed."""
+    data = context.recipe.data
+    tables = {source.table for source in data.sources.values() if source.table}
+    return {
+        "data": data.model_dump(mode="json"),
+        "tables": {table: stable_hash(_table(context, table)) for table in sorted(tables)},
+        "files": {name: sorted(list_source(name, source)) for name, source in sorted(data.sources.items())},
+        "workers": _most_workers(context),
+    }
+
+
+def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+    """Write shards and manifest below `url`."""
+
+    def on_progress(done: int, total: int, what: str) -> None:
+        context.display.update(what.split(maxsplit=1)[0], done, total)
+
+    manifest = prepare(
+        context.recipe.data,
+        recipe_folder=context.loaded.folder,
+        output_url=url,
+        on_progress=on_progress,
+        min_shards=_most_workers(context),
+    )
+    _refuse_too_few(context, manifest)
+    counts = {split: info.samples for split, info in manifest.splits.items()}
+    tracked.log_params({"samples": counts, "quarantined": len(manifest.quarantined), "digest": manifest.digest})
+    for refused in manifest.quarantined:
+        context.display.message(f"quarantined {refused.file}: {refused.reason}")
+    summary = ", ".join(f"{count} {split}" for split, count in counts.items())
+    quarantined = f", {len(manifest.quarantined)} quarantined" if manifest.quarantined else ""
+    return StageOutput(summary + quarantined, {"digest": manifest.digest})
+
+
+def manifest_of(context: RunContext) -> Manifest:
+    """Return the manifest that `prepare` wrote."""
+    return load_manifest(context.results["prepare"].url)
+
+
+def shards_of(context: RunContext, split: str) -> tuple[str, ...]:
+    """Return the shard URLs of a split."""
+    return manifest_of(context).shard_urls(context.results["prepare"].url, split)
+
+
+def _table(context: RunContext, table: str) -> str:
+    url = storage.absolute(table, context.loaded.folder)
+    if not storage.exists(url):
+        raise UserError(f"data.sources: table: got {table!r}; expected a CSV file beside the recipe, looked for {url}")
+    return storage.read_text(url)
+
+
+def _most_workers(context: RunContext) -> int:
+    recipe = context.recipe
+    return max(recipe.pretrain.workers, recipe.experts.train.workers, recipe.finetune.train.workers)
+
+
+def _refuse_too_few(context: RunContext, manifest: Manifest) -> None:
+    """Refuse before any trainer starts what its readers would refuse."""
+    recipe = context.recipe
+    needed: dict[str, int] = {"validation": 1, "held-out": 1}
+    needed["train"] = max(recipe.pretrain.workers, recipe.experts.train.workers)
+    needed[recipe.finetune.subset] = max(needed.get(recipe.finetune.subset, 0), recipe.finetune.train.workers)
+    for split, workers in needed.items():
+        shards = len(manifest.splits[split].shards)
+        if shards < workers:
+            raise UserError(
+                f"prepare: got {shards} shards in split {split!r}; expected at least {workers}; "
+                "fix: add photographs, mark some as held-out or high quality, or lower the stage's workers"
+            )

@@ -1,0 +1,48 @@
+"""Stage `pretrain`: measure the latents, then train one network over all noise levels until its knee."""
+
+import numpy as np
+import torch
+
+from linearsr.config import LatentStatistics
+from linearsr.degradation import augment, degrade
+from linearsr.statistics import measure_statistics
+from linearsr.task import to_pixels
+from linearsr_platform.data.manifest import verify_shards
+from linearsr_platform.data.reader import read_images
+from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.jobs import as_data, describe, make_job, model_config, run_jobs, statistics_data
+from linearsr_platform.stages.prepare import manifest_of, shards_of
+from linearsr_platform.tracking.runs import TrackedRun
+
+STATISTICS_CROPS = 96
+"""Training crops that latent statistics are measured on: 96 crops of 128 px hold 1.6 M pixels a channel."""
+
+NAME = "pretrain"
+
+
+def settings(context: RunContext) -> object:
+    """Return every section that the trained network depends on."""
+    recipe = context.recipe
+    sections = ("degradation", "augmentation", "model", "validation", "pretrain")
+    dump = recipe.model_dump(mode="json")
+    return {"seed": recipe.seed, **{name: dump[name] for name in sections}}
+
+
+def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+    """Train; the result names the knee's weights and the statistics that normalise latents."""
+    verify_shards(manifest_of(context), context.results["prepare"].url)
+    statistics = measure(context)
+    job = make_job(context, name=NAME, url=url, train=context.recipe.pretrain, interval=(0.0, 1.0), statistics=statistics)
+    outcomes = run_jobs(context, [job], url, tracked)
+    return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "statistics": statistics_data(statistics)})
+
+
+def measure(context: RunContext) -> LatentStatistics:
+    """Measure latent statistics on augmented and degraded crops of the training photographs."""
+    recipe = context.recipe
+    images = [image for _, image, _ in read_images(shards_of(context, "train"))]
+    rng = np.random.default_rng([recipe.seed, STATISTICS_CROPS])
+    crops = [augment(images[i % len(images)], recipe.pretrain.crop_px, recipe.augmentation, rng) for i in range(STATISTICS_CROPS)]
+    degraded = [degrade(crop, recipe.model.scale, recipe.degradation, rng) for crop in crops]
+    hr, lr = (to_pixels(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)) for part in (crops, degraded))
+    return measure_statistics(model_config(context), hr, lr)

@@ -1,0 +1,171 @@
+"""The report of a run: gathers what the stages left behind. Not a stage itself, for it is made anew every time."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+from PIL import Image
+
+from linearsr.sampling import sampling_times
+from linearsr_platform import storage
+from linearsr_platform.report.html import render_report, write_report
+from linearsr_platform.report.model import (
+    EstimateKind,
+    EvaluationRow,
+    LineageRow,
+    MetricColumn,
+    PromotionRecord,
+    QuarantinedImage,
+    ReportData,
+    StageRecord,
+    SweepPoint,
+    TrackingRecord,
+    TrainerCurve,
+)
+from linearsr_platform.report.strips import PhotoStrip, comparison_strip
+from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.experts import boundaries_of
+from linearsr_platform.stages.prepare import manifest_of
+
+TRAINED = ("pretrain", "experts", "finetune")
+LABELS: dict[EstimateKind, str] = {"bicubic": "Bicubic", "one_step": "One step", "routed": "Routed"}
+
+
+def write(context: RunContext, records: Sequence[StageRecord], started: datetime) -> str:
+    """Write `report.html` and one comparison strip a photograph into the run's folder; return the report's URL."""
+    strips = photo_strips(context)
+    for strip in strips:
+        with storage.atomic_file(storage.join(context.run_url, "pictures", f"{strip.name}.png")) as path:
+            comparison_strip(strip.images).save(path)
+            context.pipeline_run.log_artifact(path, "pictures")
+    url = storage.join(context.run_url, "report.html")
+    html = render_report(gather(context, records, started), strips)
+    write_report(html, url)
+    context.pipeline_run.log_text(html, "report.html")
+    return url
+
+
+def gather(context: RunContext, records: Sequence[StageRecord], started: datetime) -> ReportData:
+    """Collect everything in the report but the pictures; what was not reached stays empty."""
+    recipe, results = context.recipe, context.results
+    data: dict[str, Any] = {}
+    if "prepare" in results:
+        manifest = manifest_of(context)
+        data["splits"] = {name: split.samples for name, split in manifest.splits.items()}
+        data["quarantined"] = tuple(QuarantinedImage(file=one.file, reason=one.reason) for one in manifest.quarantined)
+    if "evaluate" in results:
+        data |= _evaluation(context)
+    return ReportData(
+        recipe_name=recipe.name,
+        recipe_hash=context.loaded.hash,
+        code_version=version("linearsr"),
+        started=started.isoformat(timespec="seconds"),
+        finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+        perceptual=recipe.evaluate.perceptual,
+        stages=tuple(records),
+        trainers=tuple(_curves(context)),
+        boundaries=boundaries_of(context),
+        overlap_log_snr=recipe.experts.overlap_log_snr,
+        sampling_times=sampling_times(recipe.sampler, recipe.model.flow.shift),
+        tracking=_tracking(context),
+        promotion=_promotion(context),
+        lineage=tuple(_lineage(context)),
+        **data,
+    )
+
+
+def photo_strips(context: RunContext) -> list[PhotoStrip]:
+    """Load the pictures that `evaluate` kept: LR, bicubic, one-step, routed, original."""
+    if "evaluate" not in context.results:
+        return []
+    result = context.results["evaluate"]
+    labels: dict[str, str] = {"lr": "LR", **{str(kind): label for kind, label in _labels(context).items()}, "original": "Original"}
+    strips = []
+    for name in result.data["names"]:
+        images = {}
+        for row, label in labels.items():
+            with storage.local_path(storage.join(result.url, "pictures", f"{name}-{row}.png")) as path:
+                images[label] = Image.open(path).convert("RGB")
+        strips.append(PhotoStrip(name=name, images=images))
+    return strips
+
+
+def _labels(context: RunContext) -> dict[EstimateKind, str]:
+    return {**LABELS, "routed": f"Routed, {context.recipe.sampler.num_steps} steps"}
+
+
+def _evaluation(context: RunContext) -> dict[str, Any]:
+    found = context.results["evaluate"].data
+    protocol = str(found["protocol"]["metrics"])
+    rows = [
+        EvaluationRow(kind=kind, label=label, values=found["rows"][kind], per_photograph=found["photographs"][kind])
+        for kind, label in _labels(context).items()
+    ]
+    return {
+        "metrics": tuple(MetricColumn(name=name, protocol=protocol) for name in context.recipe.evaluate.metrics),
+        "evaluation": tuple(rows),
+        "sweep": tuple(SweepPoint(steps=int(steps), values=values) for steps, values in found["sweep"].items()),
+    }
+
+
+def _curves(context: RunContext) -> list[TrainerCurve]:
+    curves = []
+    for stage in TRAINED:
+        trainers = context.results[stage].data["trainers"] if stage in context.results else {}
+        for name, outcome in trainers.items():
+            decision = outcome["decision"]
+            curves.append(
+                TrainerCurve(
+                    stage=stage,
+                    name=name,
+                    history=tuple(outcome["history"]),
+                    knee_step=outcome["knee_step"],
+                    confirmed_at=decision.get("confirmed_at"),
+                    reason=str(decision.get("reason", "")),
+                    stopped_by=outcome["stopped_by"],
+                )
+            )
+    return curves
+
+
+def _tracking(context: RunContext) -> TrackingRecord:
+    runs = {"pipeline": context.pipeline_run.run_id, **{name: result.run_id for name, result in context.results.items()}}
+    registered = context.results["register"].data if "register" in context.results else None
+    return TrackingRecord(
+        uri=context.tracker.uri,
+        experiment=context.recipe.tracking.experiment or context.recipe.name,
+        run_ids=runs,
+        model_uri=f"models:/{registered['name']}/{registered['version']}" if registered else None,
+        model_version=str(registered["version"]) if registered else None,
+    )
+
+
+def _promotion(context: RunContext) -> PromotionRecord | None:
+    if "promote" not in context.results:
+        return None
+    decision = context.results["promote"].data["decision"]
+    if decision["challenger_value"] is None:
+        return None
+    return PromotionRecord(
+        promoted=decision["promoted"],
+        metric=decision["metric"],
+        candidate=decision["challenger_value"],
+        champion=decision["champion_value"],
+        tolerance=context.recipe.promote.tolerance,
+        reason=decision["reason"],
+    )
+
+
+def _lineage(context: RunContext) -> list[LineageRow]:
+    results = context.results
+    rows = [LineageRow(what="recipe", identity=context.loaded.hash, detail=context.recipe.name)]
+    if "prepare" in results:
+        rows.append(LineageRow(what="shards", identity=str(results["prepare"].data["digest"]), detail=results["prepare"].summary))
+    for stage in TRAINED:
+        for name, outcome in (results[stage].data["trainers"] if stage in results else {}).items():
+            detail = f"knee at step {outcome['knee_step']}" if outcome["knee_step"] is not None else "no knee; last step"
+            rows.append(LineageRow(what=f"{stage} {name}" if name != stage else stage, identity=results[stage].key, detail=detail))
+    if "assemble" in results:
+        rows.append(LineageRow(what="bundle", identity=str(results["assemble"].data["digest"]), detail=results["assemble"].summary))
+    return rows

@@ -1,0 +1,1 @@
+"""MLflow runs: where a pipeline and its stages write parameters, curves and files."""

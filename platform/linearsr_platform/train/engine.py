@@ -1,0 +1,160 @@
+"""The engine: one network under DeepSpeed, sharded over the workers of the process group by ZeRO."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from linearsr_platform import storage
+from linearsr_platform.errors import StageError
+from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.train import sharding
+from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_config
+from linearsr_platform.train.processes import join_group, rank, world_size
+from linearsr_platform.train.protocols import Batch, StepResult, Task
+
+CHECKPOINT_TAG = "engine"
+"""Folder of DeepSpeed's files inside a checkpoint."""
+
+
+class StepModule(nn.Module):
+    """A task's network with the task's computation as its forward, because DeepSpeed hooks into one module's forward."""
+
+    def __init__(self, task: Task, generator: torch.Generator) -> None:
+        """Build the task's network."""
+        super().__init__()
+        self.network = task.build()
+        self._task = task
+        self._generator = generator
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
+        """Return loss and scalars in training mode, validation values in evaluation mode."""
+        if self.training:
+            return self._task.loss(self.network, batch, self._generator)
+        return self._task.validate(self.network, batch)
+
+
+class DeepSpeedEngine:
+    """Satisfies `linearsr_platform.train.protocols.Engine`."""
+
+    def __init__(self, task: Task, config: TrainConfig, *, seed: int, init_weights: str | None = None) -> None:
+        """Build and shard the task's network in every worker. The launcher must have set `LOCAL_RANK`.
+
+        Args:
+            task: what is trained.
+            config: the training stage.
+            seed: of the noise in training; each worker derives its own.
+            init_weights: URL of safetensors to start from.
+
+        Raises:
+            ValueError: if the process group has another size than the recipe says.
+            StageError: if `init_weights` are not of this network.
+        """
+        join_group()
+        if world_size() != config.workers:
+            raise ValueError(f"train.workers: got {config.workers}; expected the size of the process group, {world_size()}")
+        _join_deepspeed()
+        self.generator = torch.Generator().manual_seed(_worker_seed(seed))
+        module = StepModule(task, self.generator)
+        if init_weights is not None:
+            _load_weights(module.network, init_weights)
+        self._stage = config.zero.stage
+        self._clip_norm = None if clips_itself(config) else config.clip_norm
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        num_parameters = sum(parameter.numel() for parameter in self._parameters)
+        # Torch's fused AdamW is as fast on CPU as DeepSpeed's own, which compiles C++ first. Its lr is set before every step.
+        optimizer = torch.optim.AdamW(self._parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        self._network = module.network
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, num_parameters), dist_init_required=False
+        )
+
+    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses, scalars = [], []
+        for batch in batches:
+            loss, logged = self._engine(self._moved(batch))
+            self._engine.backward(loss)
+            grad_norm = self._clip()
+            self._engine.step()
+            losses.append(loss.detach())
+            scalars.append(logged)
+        means = {name: torch.stack([logged[name] for logged in scalars]).mean() for name in scalars[0]}
+        return StepResult(torch.stack(losses).mean(), means, self._engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """Measure a batch with the present weights: metric name -> (B,) values."""
+        self._engine.eval()
+        values: dict[str, Tensor] = self._engine(self._moved(batch))
+        self._engine.train()
+        return values
+
+    def master_weights(self) -> list[Tensor]:
+        """Return the float32 weights that this worker owns, in a fixed order."""
+        return sharding.master_weights(self._engine.optimizer, self._stage)
+
+    def publish(self) -> None:
+        """Make the network use the master weights of all workers."""
+        sharding.publish(self._engine.optimizer, self._stage)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the task's network, parameters in float32, on the CPU; empty on workers other than 0."""
+        weights = sharding.full_weights(self._network, self._engine.optimizer)
+        return weights if rank() == 0 else {}
+
+    def save(self, folder: Path) -> None:
+        """Write network and optimizer below `folder`; each worker writes its own share."""
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, given the shares of all workers in one folder.
+
+        Raises:
+            StageError: if DeepSpeed finds no checkpoint there.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise StageError(f"checkpoint: got {folder}; expected DeepSpeed's files in it; fix: delete it, an earlier one is used then")
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers; the engine is of no use afterwards."""
+        self._engine.destroy()
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: value.to(self._engine.device, non_blocking=True) for name, value in batch.items()}
+
+    def _clip(self) -> Tensor | None:
+        """Clip where DeepSpeed keeps the norm to itself, once all micro-batches are in; returns the norm there."""
+        if self._clip_norm is None or not self._engine.is_gradient_accumulation_boundary():
+            return None
+        return nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+
+
+def _join_deepspeed() -> None:
+    """Put DeepSpeed on the process group, without the shared-memory collective that it would compile from C++ first."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+
+
+def _worker_seed(seed: int) -> int:
+    """Return a seed that differs between workers."""
+    return int(np.random.SeedSequence([seed, rank()]).generate_state(1, np.uint64)[0])
+
+
+def _load_weights(network: nn.Module, url: str) -> None:
+    """Set a network's weights from a safetensors file."""
+    with storage.local_path(url) as path:
+        weights = load_file(path)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise StageError(f"init_weights: got {url}; expected the weights of this network: {error}; fix: use the same `model`") from error

@@ -1,0 +1,46 @@
+"""What one trainer is to do, as plain picklable data. Imports no torch."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from linearsr_platform.recipe.schema import TrainConfig, ValidationConfig
+
+if TYPE_CHECKING:
+    from linearsr_platform.train.protocols import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything the workers of one trainer need to know."""
+
+    name: str
+    """Of the stage or expert: `pretrain`, `expert-1`."""
+    task: str
+    """Import path of the task's class, `package.module:Class`."""
+    task_config: object
+    """Its only argument; picklable."""
+    train: TrainConfig
+    validation: ValidationConfig
+    train_shards: tuple[str, ...]
+    validation_shards: tuple[str, ...]
+    output_url: str
+    """Folder for `snapshots/` and `outcome.json`."""
+    init_weights: str | None = None
+    """Safetensors with the weights to start from; None starts from the task's own initialisation."""
+    seed: int = 0
+
+    def build_task(self) -> "Task":
+        """Import the task's class and build it.
+
+        Raises:
+            ValueError: if `task` does not name something that can be imported.
+        """
+        module, _, attribute = self.task.partition(":")
+        if not module or not attribute:
+            raise ValueError(f"job {self.name}: task: got {self.task!r}; expected 'package.module:Class'")
+        factory = getattr(import_module(module), attribute, None)
+        if factory is None:
+            raise ValueError(f"job {self.name}: task: got {self.task!r}; expected a name that {module} defines")
+        task: Task = factory(self.task_config)
+        return task

@@ -1,0 +1,206 @@
+"""The one training loop. Free of Ray and DeepSpeed: it knows an engine, a stream of batches and an observer by their protocols.
+
+Every worker runs it. All of them take the same branches, because every decision depends on numbers they share.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+
+from linearsr.knee import KneeDecision, KneeDetector
+from linearsr.metric_table import metric_spec
+from linearsr_platform import storage
+from linearsr_platform.train.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from linearsr_platform.train.ema import ExponentialAverage
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import StopReason, TrainOutcome
+from linearsr_platform.train.processes import rank
+from linearsr_platform.train.protocols import Batch, BatchSource, Engine, Observer
+from linearsr_platform.train.schedule import learning_rate
+from linearsr_platform.train.snapshots import Snapshots
+from linearsr_platform.train.validation import validate
+from linearsr_platform.train.window import MetricWindow
+
+OUTCOME_FILE = "outcome.json"
+SNAPSHOT_FOLDER = "snapshots"
+
+
+def run_training(
+    engine: Engine,
+    batches: BatchSource,
+    validation: Sequence[Batch],
+    job: TrainJob,
+    observer: Observer,
+    *,
+    resume: Path | None = None,
+    clock: Callable[[], float] = monotonic,
+) -> TrainOutcome:
+    """Train until the knee is confirmed, or the steps or seconds are used up. Called by every worker of the trainer.
+
+    Writes `snapshots/` and, last, `outcome.json` under `job.output_url`.
+
+    Args:
+        engine: the network, freshly built.
+        batches: this worker's micro-batches.
+        validation: all validation batches, the same on every worker.
+        job: what to do.
+        observer: who is told; takes over each checkpoint folder.
+        resume: local folder of a checkpoint with the shares of all workers. One of a finished run gives its outcome again.
+        clock: seconds that only ever rise.
+
+    Returns:
+        The outcome, the same on every worker but for times.
+
+    Raises:
+        ValueError: if there is nothing to validate on.
+        TrainingDiverged: if a loss, gradient or metric is not finite.
+    """
+    if not validation:
+        raise ValueError(f"job {job.name}: got no validation batches; expected at least one; fix: raise data.validation_px")
+    loop = _Loop(engine, batches, validation, job, observer, clock)
+    loop.start(resume)
+    while (reason := loop.stop_reason()) is None:
+        loop.step()
+    return loop.finish(reason)
+
+
+class _Loop:
+    """The loop's parts and state."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: BatchSource,
+        validation: Sequence[Batch],
+        job: TrainJob,
+        observer: Observer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine, self._batches, self._validation = engine, batches, validation
+        self._job, self._observer, self._clock = job, observer, clock
+        self._config = job.train
+        self._outcome_url = storage.join(job.output_url, OUTCOME_FILE)
+        self._average = ExponentialAverage(engine, job.train.ema_decay)
+        self._window = MetricWindow()
+        self._state = LoopState()
+        knee = job.train.knee
+        orientations = {name: metric_spec(name).higher_is_better for name in knee.metrics}
+        self._detector = KneeDetector(orientations, patience=knee.patience, min_points=knee.min_points)
+        self._decision: KneeDecision
+        self._snapshots: Snapshots
+        self._metrics: dict[str, float] = {}
+        self._saved_step: int | None = None
+
+    def start(self, resume: Path | None) -> None:
+        """Restore a checkpoint, or take the baseline validation of a fresh run."""
+        if resume is not None:
+            self._state = load_checkpoint(resume, self._engine, self._average)
+            self._batches.restore(self._state.batches)
+            self._saved_step = self._state.step
+        # Seconds that earlier attempts spent count as if this one had started that much sooner.
+        self._started = self._clock() - self._state.seconds
+        if rank() == 0:
+            storage.remove(self._outcome_url)
+        url = storage.join(self._job.output_url, SNAPSHOT_FOLDER)
+        self._snapshots = Snapshots(url, self._config.knee.keep, last_step=None if resume is None else self._state.step)
+        for point in self._state.history:
+            self._decide(point)
+        if not self._state.history:
+            self._validate()
+        self._mark = self._clock()
+
+    def stop_reason(self) -> StopReason | None:
+        """Say whether and why training is over."""
+        if self._config.knee.stop and self._decision.state == "confirmed":
+            return "knee"
+        if self._state.step >= self._config.max_steps:
+            return "max_steps"
+        if self._config.max_seconds is not None and self._state.seconds >= self._config.max_seconds:
+            return "max_seconds"
+        return None
+
+    def step(self) -> None:
+        """Move the weights once, and log, validate and checkpoint where it is due."""
+        config, state = self._config, self._state
+        result = self._engine.train_step(islice(self._batches, config.accumulation), learning_rate(state.step, config))
+        state.step += 1
+        self._average.update(state.step)
+        self._window.add(result)
+        validation_due = state.step % config.validate_every == 0
+        checkpoint_due = state.step % config.checkpoint_every == 0
+        # What was not logged is not checked either, and neither snapshot nor checkpoint may hold a diverged network.
+        if state.step % config.log_every == 0 or validation_due or checkpoint_due or state.step == config.max_steps:
+            self._log()
+        if validation_due:
+            self._validate()
+        if checkpoint_due:
+            self._checkpoint()
+
+    def finish(self, reason: StopReason) -> TrainOutcome:
+        """Validate and save the last weights if that has not happened, and write the outcome."""
+        state = self._state
+        if state.history[-1]["step"] != state.step:
+            self._validate()
+        if self._saved_step != state.step:
+            self._checkpoint()
+        decision = self._detector.conclude()
+        knee_step = None if decision.knee_step is None else self._snapshots.nearest(decision.knee_step)
+        outcome = TrainOutcome(
+            steps=state.step,
+            stopped_by=reason,
+            knee_step=knee_step,
+            knee_weights=self._snapshots.url(state.step if knee_step is None else knee_step),
+            last_weights=self._snapshots.url(state.step),
+            decision=asdict(decision),
+            history=state.history,
+            seconds=self._clock() - self._started,
+            samples_per_s=state.step * self._config.batch_size / max(state.train_seconds, 1e-9),
+        )
+        if rank() == 0:
+            storage.write_json(self._outcome_url, outcome.to_json())
+        return outcome
+
+    def _log(self) -> None:
+        state, steps = self._state, len(self._window)
+        values, state.seconds = self._window.flush(state.step, self._clock() - self._started)
+        now = self._clock()
+        state.train_seconds += now - self._mark
+        self._metrics = {
+            **values,
+            "lr": learning_rate(state.step - 1, self._config),
+            "samples_per_s": steps * self._config.batch_size / max(now - self._mark, 1e-9),
+            "seconds": state.seconds,
+        }
+        self._mark = now
+        if rank() == 0:
+            self._observer.on_metrics(state.step, self._metrics)
+
+    def _validate(self) -> None:
+        step = self._state.step
+        with self._average.swapped():
+            values = validate(self._engine, self._validation, step)
+            weights = self._engine.full_weights()
+        self._snapshots.write(step, weights)
+        point = {"step": step, **values}
+        self._state.history.append(point)
+        self._decide(point)
+        candidate = self._detector.conclude().knee_step
+        self._snapshots.prune(step if candidate is None else candidate)
+        if rank() == 0:
+            self._observer.on_validation(step, values, self._decision)
+        self._mark = self._clock()
+
+    def _decide(self, point: dict[str, float]) -> None:
+        self._decision = self._detector.update(int(point["step"]), {name: point[name] for name in self._config.knee.metrics})
+
+    def _checkpoint(self) -> None:
+        state = self._state
+        state.batches = self._batches.state()
+        folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
+        save_checkpoint(folder, self._engine, self._average, state)
+        self._saved_step = state.step
+        self._observer.on_checkpoint(state.step, folder, self._metrics)
+        self._mark = self._clock()

@@ -1,0 +1,120 @@
+"""What the training loop needs of the parts it is given: a task, an engine, batches and an observer."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from linearsr.knee import KneeDecision
+
+Batch = dict[str, Tensor]
+"""One micro-batch: name -> (B, ...) tensor."""
+Example = dict[str, NDArray[Any]]
+"""One sample of a batch: name -> array."""
+
+
+class Task(Protocol):
+    """What is trained: a network, its examples, its loss and its validation. Knows nothing of workers or sharding."""
+
+    def build(self) -> nn.Module:
+        """Return a freshly initialised network in float32 on the CPU, the same one on every worker."""
+        ...
+
+    def transform(self, image: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> Example:
+        """Make one training example from an image (H, W, 3). All randomness comes from `rng`."""
+        ...
+
+    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str], crop_px: int, index: int) -> Example:
+        """Make the `index`-th validation example, the same at every call."""
+        ...
+
+    def loss(self, module: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar loss of a batch and detached scalars to log, under the same names every time.
+
+        All randomness comes from `generator` (on the CPU): its state is part of a checkpoint, torch's own is not.
+        """
+        ...
+
+    def validate(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Measure a validation batch: metric name -> (B,) float values, deterministic. Runs without gradients."""
+        ...
+
+
+class BatchSource(Iterator[Batch], Protocol):
+    """An endless stream of micro-batches on the CPU for one worker, which can be resumed at any point."""
+
+    def state(self) -> dict[str, object]:
+        """Return where the stream is, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Continue from a `state`, so that the next batch is the one that would have come."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step of this worker gave. Nothing in it has been waited for yet."""
+
+    loss: Tensor
+    """Scalar mean over its micro-batches, detached."""
+    scalars: dict[str, Tensor]
+    """Means of what the task logs, detached."""
+    grad_norm: Tensor | float
+    """Norm of the whole gradient over all workers, before clipping."""
+
+
+class Engine(Protocol):
+    """Holds the network, sharded over workers, and moves it. All workers call every method equally often."""
+
+    generator: torch.Generator
+    """Where this worker's training noise comes from."""
+
+    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`."""
+        ...
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """Measure a batch with the present weights: metric name -> (B,) values."""
+        ...
+
+    def master_weights(self) -> list[Tensor]:
+        """Return the float32 weights that this worker owns, in a fixed order. They may be written in place."""
+        ...
+
+    def publish(self) -> None:
+        """Make the network use the master weights of all workers, after they were written."""
+        ...
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the task's network, parameters in float32, on the CPU; empty on workers other than 0."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write network and optimizer below `folder`; each worker writes its own share."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, given the shares of all workers in one folder."""
+        ...
+
+
+class Observer(Protocol):
+    """Who is told how training goes."""
+
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the metrics of the steps since the last call. Worker 0 only."""
+        ...
+
+    def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
+        """Take a validation and what the knee detector made of it. Worker 0 only."""
+        ...
+
+    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
+        """Take ownership of this worker's local checkpoint folder. Every worker; `values` are the last known metrics."""
+        ...
