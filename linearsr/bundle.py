@@ -15,6 +15,7 @@ from uuid import uuid4
 from linearsr.config import (
     BackboneConfig,
     CodecConfig,
+    ExpertsConfig,
     FlowConfig,
     LatentStatistics,
     ModelConfig,
@@ -24,6 +25,8 @@ from linearsr.config import (
 
 FORMAT = "linearsr-bundle/1"
 MANIFEST = "bundle.json"
+PRECISIONS = ("float32", "bfloat16")
+_KEYS = ("boundaries", "config", "files", "format", "lineage", "precision", "sampler", "statistics")
 
 
 class BundleError(ValueError):
@@ -71,12 +74,15 @@ def save_bundle(
         lineage: What the model was made from, JSON-able.
 
     Raises:
-        BundleError: if the folder exists, or there is not one expert more than boundaries.
+        BundleError: if the folder exists, weights are missing, or there is not one expert more than boundaries.
     """
     if folder.exists():
         raise BundleError(f"{folder}: exists already; expected a new folder; fix: choose another name or remove it")
     if len(expert_weights) != len(boundaries) + 1:
         raise BundleError(f"bundle: got {len(expert_weights)} experts for boundaries {tuple(boundaries)}; expected {len(boundaries) + 1}")
+    absent = [str(path) for path in expert_weights if not path.is_file()]
+    if absent:
+        raise BundleError(f"bundle: got no file at {', '.join(absent)}; expected the weights of every expert; fix: train the missing ones")
     temporary = folder.with_name(f"{folder.name}.part-{uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
@@ -119,7 +125,7 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{manifest}: format: got {got!r}; expected {FORMAT!r}; fix: assemble the bundle with this version")
     try:
         bundle = _parse(manifest.parent, content, hashlib.sha256(raw).hexdigest())
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{manifest}: expected the fields of {FORMAT}: {error}; fix: assemble the bundle again") from error
     for name, expected in content["files"].items():
         path = manifest.parent / name
@@ -130,7 +136,11 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
-    boundaries = tuple(float(t) for t in content["boundaries"])
+    if sorted(content) != sorted(_KEYS):
+        raise ValueError(f"keys: got {sorted(content)}; expected {list(_KEYS)}")
+    if content["precision"] not in PRECISIONS:
+        raise ValueError(f"precision: got {content['precision']!r}; expected one of {', '.join(PRECISIONS)}")
+    boundaries = ExpertsConfig(boundaries=tuple(float(t) for t in content["boundaries"])).boundaries
     names = [f"expert-{index}.safetensors" for index in range(1, len(boundaries) + 2)]
     if sorted(content["files"]) != sorted(names):
         raise ValueError(f"files: got {sorted(content['files'])}; expected {names}")
@@ -141,7 +151,7 @@ def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
         boundaries=boundaries,
         sampler=_sampler(content["sampler"]),
         experts=tuple(folder / name for name in names),
-        precision=str(content["precision"]),
+        precision=content["precision"],
         lineage=dict(content["lineage"]),
         digest=digest,
     )

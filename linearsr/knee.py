@@ -7,7 +7,7 @@ Source: LinearSR, early-stopping guided fine-tuning; the procedure is method.md 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import pi, sqrt
 from typing import Literal
 
 import numpy as np
@@ -18,10 +18,11 @@ Array = NDArray[np.float64]
 _SMOOTHING = 0.5  # Weight of the next evaluation relative to this one; two-sided, so a peak is not delayed.
 _RECENT_RESIDUALS = 12
 _SHORTEST_WINDOW = 6  # Evaluations over which the present slope is measured, at least.
-_ONE_SIDED_5_PERCENT = 1.64
-_NEGLIGIBLE_GAIN = (0.1, 0.5)  # Of the spread so far, or of the noise: what `patience` more evaluations may still promise.
+_ONE_SIDED_1_PERCENT = 2.33  # Strict, for the question is asked anew at every evaluation.
+_NEGLIGIBLE_GAIN = (0.1, 0.35)  # Of the spread so far, or of the noise: what `patience` more evaluations may still promise.
 _DECLINE_ALLOWANCE = 2.0  # Page-Hinkley: noise units by which an evaluation may lie under the best, free of charge,
 _DECLINE_ALARM = 12.0  # and the sum of what exceeds it that proves decline.
+_DECLINE_AT_MOST = 8.0  # What one evaluation can add, so that it takes two.
 _DIVERGED = 1.0  # Spreads below the worst value seen at which a NaN or infinite value is entered.
 _SMALLEST_NOISE = 1e-3  # Spreads; below it differences are rounding, not noise.
 
@@ -99,17 +100,20 @@ class KneeDetector:
         since, enough = len(self._steps) - 1 - candidate, len(self._steps) >= self._min_points
         step, within = self._steps[candidate], f"within {curve.standard_error:.3f} spreads of the best"
         if onset is not None and enough:
-            candidate = curve.candidate(until=onset)
-            step = step if candidate is None else self._steps[candidate]
-            return KneeDecision(
-                "confirmed", step, now, f"decline since step {self._steps[onset]}; step {step} is earliest {within} before it"
-            )
+            before = _Curve(np.array(self._rows[: onset + 1]))  # On its own, so that the decline does not pull down its end.
+            chosen = before.candidate()
+            step = self._steps[candidate if chosen is None else chosen]
+            noise = f"within {before.standard_error:.3f} spreads of the best"
+            reason = f"decline since step {self._steps[onset]}; step {step} is the earliest {noise} before it"
+            return KneeDecision("confirmed", step, now, reason)
         slope, error = curve.slope(max(_SHORTEST_WINDOW, since + 1))
-        margin = _ONE_SIDED_5_PERCENT * error
-        if since < 2 or slope > margin:
-            return KneeDecision("improving", None, None, f"gains {slope:.3f} +- {margin:.3f} spreads an evaluation; best is {since} old")
+        margin = _ONE_SIDED_1_PERCENT * error
+        if since < 2:
+            return KneeDecision(
+                "improving", None, None, f"gains {slope:.2g} +- {margin:.2g} spreads an evaluation; the best is {since} old"
+            )
         promise = (slope + margin) * self._patience
-        flat = f"step {step} is the earliest {within}; {since} evaluations since, {self._patience} more promise at most {promise:.3f}"
+        flat = f"step {step} is the earliest {within}; {since} evaluations since, {self._patience} more promise at most {promise:.2g}"
         if since >= self._patience and enough and promise <= curve.negligible_gain:
             return KneeDecision("confirmed", step, now, flat)
         return KneeDecision("plateau", step, None, flat)
@@ -132,7 +136,7 @@ class _Curve:
         """Reduce oriented metrics (evaluations, metrics) to one curve with a noise scale."""
         self.usable = np.isfinite(rows).any(axis=1)
         self.values = _composite(rows)
-        self.residuals = _residuals(self.values)
+        self.residuals = _residuals(np.where(np.isneginf(rows).any(axis=1), np.nan, self.values))
         distance = np.abs(np.subtract.outer(np.arange(len(rows)), np.arange(len(rows))))
         weights = _SMOOTHING**distance
         weights /= weights.sum(axis=1, keepdims=True)
@@ -141,14 +145,11 @@ class _Curve:
         self.noise = self._noise(len(rows))
         self.standard_error = self.noise * float(np.linalg.norm(weights[best]))
 
-    def candidate(self, until: int | None = None) -> int | None:
-        """Return the earliest evaluation within one standard error of the best, looking no further than `until`."""
-        last = len(self.values) - 1 if until is None else until
-        allowed = np.flatnonzero(self.usable[: last + 1])
-        if not len(allowed):
-            return None
+    def candidate(self) -> int | None:
+        """Return the earliest evaluation within one standard error of the best, or None if none is finite."""
+        allowed = np.flatnonzero(self.usable)
         heights = self.smooth[allowed]
-        return int(allowed[np.argmax(heights >= heights.max() - self.standard_error)])
+        return next((int(i) for i in allowed if self.smooth[i] >= heights.max() - self.standard_error), None)
 
     def decline_onset(self) -> int | None:
         """Return the last evaluation before a proven decline (Page-Hinkley), or None. Source: method.md 4.5 (iv), (vi)."""
@@ -156,7 +157,8 @@ class _Curve:
         best = average = self.values[0]
         for i in range(1, len(self.values)):
             if i >= 5:  # Three residuals: fewer say nothing about the noise.
-                excess = max(0.0, excess + (best - self.values[i]) / self._noise(i) - _DECLINE_ALLOWANCE)
+                shortfall = (best - self.values[i]) / self._noise(i) - _DECLINE_ALLOWANCE
+                excess = max(0.0, excess + min(shortfall, _DECLINE_AT_MOST))
             onset = i if excess == 0 else onset
             average += 0.3 * (self.values[i] - average)
             best = max(best, average)
@@ -178,10 +180,14 @@ class _Curve:
         return max(_NEGLIGIBLE_GAIN[0] * float(high - low), _NEGLIGIBLE_GAIN[1] * self.noise)
 
     def _noise(self, until: int) -> float:
-        """Return the robust deviation of the one-step residuals of evaluations before `until`."""
-        recent = self.residuals[:until][-_RECENT_RESIDUALS:]
-        recent = recent[np.isfinite(recent)]
-        return max(_SMALLEST_NOISE, float(np.median(np.abs(recent))) / 0.6745) if len(recent) else _SMALLEST_NOISE
+        """Return the deviation of the last one-step residuals of evaluations before `until`."""
+        known = self.residuals[:until]
+        recent = np.abs(known[np.isfinite(known)][-_RECENT_RESIDUALS:])
+        if not len(recent):
+            return _SMALLEST_NOISE
+        # The mean is steadier than the median where there are few; cut at three medians, a jump of an untrained network does not sway it.
+        typical = float(np.minimum(recent, 3 * np.median(recent)).mean())
+        return max(_SMALLEST_NOISE, sqrt(pi / 2) * typical)
 
 
 def _entry(sign: float, value: float | None) -> float:

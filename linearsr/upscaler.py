@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearsr.bundle import Bundle
+from linearsr.bundle import Bundle, BundleError
 from linearsr.experts import route
 from linearsr.model import Condition, SuperResolver
 from linearsr.sampling import Denoiser, sample, sampling_times
@@ -24,12 +25,19 @@ class Upscaler:
     """Holds every expert of a bundle in memory and enlarges pictures of any size and aspect ratio."""
 
     def __init__(self, bundle: Bundle, *, device: str | torch.device = "cpu") -> None:
-        """Load the experts; nothing of the bundle is executed."""
+        """Load the experts; nothing of the bundle is executed.
+
+        Raises:
+            BundleError: if an expert's weights are not those of the bundle's network.
+        """
         self.bundle, self.device = bundle, torch.device(device)
         self.experts: list[SuperResolver] = []
         for path in bundle.experts:
             expert = SuperResolver(bundle.config, bundle.statistics)
-            expert.load_state_dict(load_file(path))
+            try:
+                expert.load_state_dict(load_file(path))
+            except (RuntimeError, SafetensorError) as error:
+                raise BundleError(f"{path}: got other weights ({error}); expected those of {bundle.config}; fix: assemble again") from error
             dtype = torch.bfloat16 if bundle.precision == "bfloat16" else torch.float32
             self.experts.append(expert.to(self.device, dtype).eval())
 
@@ -54,7 +62,12 @@ class Upscaler:
             steps: Sampler steps; None takes the bundle's sampler as it is.
             estimate: `routed` follows the sampler through the experts; `one_step` is the noisiest expert's clean
                 estimate from pure noise.
+
+        Raises:
+            ValueError: for an unknown estimate, or no steps.
         """
+        if estimate not in get_args(Estimate):
+            raise ValueError(f"estimate: got {estimate!r}; expected one of {', '.join(get_args(Estimate))}")
         config = self.bundle.config
         padded, (height, width) = self._pad(lr)
         ids = torch.from_numpy(encode_tags(tags, config.tags)).expand(lr.shape[0], -1).to(self.device)

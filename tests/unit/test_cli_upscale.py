@@ -1,0 +1,104 @@
+"""`linearsr upscale` and its neighbours: real pictures through a real bundle, and one clear sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from linearsr.bundle import save_bundle
+from linearsr.config import BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig
+from linearsr.model import SuperResolver
+from linearsr_platform.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), prior="lr")
+    statistics = LatentStatistics(mean=(0.0,) * 48, std=(1.0,) * 48, residual_std=(0.1,) * 48)
+    save_file(SuperResolver(config, statistics).state_dict(), folder / "weights.safetensors")
+    weights = [folder / "weights.safetensors"] * 2
+    sampler = SamplerConfig(num_steps=2, times=(1.0, 0.4))
+    save_bundle(
+        folder / "bundle", config=config, statistics=statistics, boundaries=(0.5,), sampler=sampler, expert_weights=weights, lineage={}
+    )
+    return folder / "bundle"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.radial_gradient("L").resize((23, 17)).convert("RGB").save(path)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["upscale", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_of_any_size_comes_out_four_times_larger(bundle: Path, photo: Path, suffix: str) -> None:
+    target = photo.with_name(f"large{suffix}")
+    code, output = run(photo, target, "--model", bundle)
+    assert code == 0, output
+    with Image.open(target) as large:
+        assert large.size == (92, 68)
+    assert sorted(path.name for path in photo.parent.iterdir()) == sorted(["photo.png", target.name])
+
+
+def test_a_folder_keeps_its_structure(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    for name in ("in/a.png", "in/deeper/b.png"):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    code, output = run(tmp_path / "in", tmp_path / "out", "--model", bundle)
+    assert code == 0, output
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")) == ["a.png", "deeper/b.png"]
+
+
+def test_the_seed_decides_the_picture(bundle: Path, photo: Path) -> None:
+    pictures = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(photo, photo.with_name(f"{name}.png"), "--model", bundle, "--seed", seed)
+        pictures.append(photo.with_name(f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("absent.png", "out.png"), "no such file"),
+        (("photo.png", "out.tiff"), "expected one of .png, .jpg"),
+        (("empty", "out"), "got a folder without images"),
+        (("broken.png", "out.png"), "broken.png"),
+        (("photo.png", "out.png", "--estimate", "best"), "expected routed or one_step"),
+        (("photo.png", "out.png", "--model", "nowhere"), "expected a folder with a bundle.json"),
+    ],
+)
+def test_mistakes_exit_with_2_and_leave_nothing(
+    bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    Path("empty").mkdir()
+    Path("broken.png").write_bytes(photo.read_bytes()[:60])
+    before = sorted(Path().rglob("*"))
+    code, output = run(*arguments, *(() if "--model" in arguments else ("--model", bundle)))
+    assert code == 2, output
+    assert said in " ".join(output.split())
+    assert "Traceback" not in output
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_changed_bundle_is_refused(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    weights = copy / "expert-2.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    code, output = run(photo, photo.with_name("out.png"), "--model", copy)
+    assert code == 2
+    assert "expert-2.safetensors" in output
+    assert not photo.with_name("out.png").exists()
