@@ -52,7 +52,7 @@ check: install ## Lint, formatting, types, import directions
 	@$(BIN)/lint-imports --no-logo
 
 bench: install ## Benchmarks: what the platform costs over a bare loop
-	@$(BIN)/python -m pytest tests/benchmarks
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/step_overhead.py
 
 clean: ## Remove caches and builds; keep .venv and runs
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -77,7 +77,8 @@ def test_each_next_stage_started_from_a_knee(results: dict[str, dict[str, Any]])
 
 
 def test_the_champion_enlarges_a_photograph(folder: Path) -> None:
-    Image.open(next((folder / "runs" / "quickstart").glob("evaluate-*/pictures/coffee-lr.png"))).crop((0, 0, 61, 43)).save(folder / "in.png")
+    lr = next((folder / "runs" / "quickstart").glob("evaluate-*/pictures/coffee-lr.png"))
+    Image.open(lr).crop((0, 0, 61, 43)).save(folder / "in.png")
     linearsr("upscale", "in.png", "out.png", "--model", "models:/linearsr-quickstart@champion", folder=folder)
     assert Image.open(folder / "out.png").size == (244, 172)
 

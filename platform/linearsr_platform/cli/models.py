@@ -18,7 +18,7 @@ TrackingUri = Annotated[
 def models(storage: Storage = "runs", tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
     """List registered models: version, aliases, and the numbers each was released with."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from linearsr_platform.cli.environment import quiet_libraries
 
@@ -26,7 +26,8 @@ def models(storage: Storage = "runs", tracking_uri: TrackingUri = None, verbose:
     from linearsr_platform.registry.models import list_models
     from linearsr_platform.tracking.store import connect, default_uri
 
-    table = Table("model", "version", "aliases", "one step PSNR-Y", "routed PSNR-Y", "bicubic PSNR-Y")
+    columns = (Column("model", no_wrap=True), "version", "aliases", "one step", "routed", "bicubic")
+    table = Table(*columns, caption="PSNR-Y in dB of the evaluation each version was registered with")
     for found in list_models(connect(tracking_uri or default_uri(storage))):
         rows = found.evaluation.rows if found.evaluation else {}
         numbers = [f"{rows[row]['psnr_y']:.2f}" if "psnr_y" in rows.get(row, {}) else "-" for row in ("one_step", "routed", "bicubic")]

@@ -9,7 +9,6 @@ from linearsr_platform.recipe.load import LoadedRecipe
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.tracking.runs import TrackedRun, Tracker
 
-
 EventKind = Literal["start", "metrics", "validation", "checkpoint", "end", "state"]
 
 
