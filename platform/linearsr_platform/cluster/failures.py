@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -58,6 +58,9 @@ def explain(name: str, error: TrainingFailedError | RayError, *, waited: str) ->
         return TrainerFailed(f"{name}: {waited}", details)
     if isinstance(cause, WorkerHealthCheckFailedError):
         return TrainerFailed(f"{name}: a worker died: it was killed, ran out of memory, or its machine was lost", details)
+    if isinstance(cause, RayActorError):
+        text = "the process that controls it died: it was killed, ran out of memory, or its machine was lost; fix: run it again, it resumes"
+        return TrainerFailed(f"{name}: {text}", details)
     if isinstance(cause, (StageError, ValueError)):
         return TrainerFailed(f"{name}: {cause}", details)
     lines = [line for line in str(cause).splitlines() if line.strip()]

@@ -49,4 +49,4 @@ def claim_folder(job: TrainJob) -> None:
 def _recorded_hash(job: TrainJob) -> object:
     url = storage.join(job.output_url, JOB_FILE)
     record = storage.read_json(url) if storage.exists(url) else None
-    return record["hash"] if isinstance(record, dict) else None
+    return record.get("hash") if isinstance(record, dict) else None

@@ -2,15 +2,20 @@
 
 import logging
 import os
+import re
 import secrets
 import shutil
+import socket
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
+from ray._private.ray_logging import stdout_deduplicator
+from ray.exceptions import RayError
 
 import linearsr
 import linearsr_platform
@@ -21,11 +26,11 @@ MIN_OBJECT_STORE_MB = 75
 """Ray refuses a smaller object store."""
 MAX_TEMPORARY_ROOT = 20
 """Characters a folder for temporary files may have: Ray puts sockets below it, whose whole path may have 107."""
-QUIET = {
+ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Ray hides GPUs from workers that ask for none only if told so, and warns at every worker until it is told anything.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A worker that asked for no GPU does not see any; Ray by itself lets it see all.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 LOCAL_TRAIN = {
     # Ray Train's default of 2 s between polls is 2 s at the end of every trainer and at every checkpoint.
@@ -33,7 +38,11 @@ LOCAL_TRAIN = {
     # One process less a trainer (1.6 CPU seconds, 125 MB): a local cluster has no node that could be preempted.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+CONNECT_S = 10.0
 REMOTE_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+CHATTER = re.compile("worker processes have been started on node|A worker died or was killed while executing a task")
+"""What Ray prints to the driver's standard output whatever its log level. Several trainers on a small machine are meant to be, and a
+dead worker is restarted or reported."""
 QUEUE_POLL_S = 10.0
 """How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
 
@@ -58,12 +67,17 @@ def cluster_session(config: ClusterConfig, *, verbose: bool = False) -> Iterator
         yield
         return
     folders = package_folders()
-    if config.address is None:
-        with _local_cluster(config, folders, verbose):
-            yield
-    else:
-        with _existing_cluster(config.address, config, folders, verbose):
-            yield
+    skipped = stdout_deduplicator.skip_re
+    stdout_deduplicator.skip_re = skipped if verbose else CHATTER
+    try:
+        if config.address is None:
+            with _local_cluster(config, folders, verbose):
+                yield
+        else:
+            with _existing_cluster(config.address, config, folders, verbose):
+                yield
+    finally:
+        stdout_deduplicator.skip_re = skipped
 
 
 def package_folders() -> tuple[Path, Path]:
@@ -117,17 +131,18 @@ def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: b
 @contextmanager
 def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, Path], verbose: bool) -> Iterator[None]:
     # Nodes may hold another version of the packages, or none: all workers get the driver's.
-    variables = {**_accelerator(config), **_waiting(config), **REMOTE_TRAIN, **QUIET}
+    variables = {**_accelerator(config), **_waiting(config), **REMOTE_TRAIN, **ALWAYS}
     runtime_env = {"py_modules": [str(folder) for folder in folders], "env_vars": {**variables, **_set_by_user(variables)}}
     with _environment(variables):
         try:
+            _require_listener(address)
             ray.init(
                 address=address,
                 runtime_env=runtime_env,
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, RayError) as error:
             raise UserError(
                 f"cluster.address: got {address!r}: {error}; expected the address of a running Ray cluster; "
                 "fix: start it, or leave cluster.address out to start one here"
@@ -138,9 +153,21 @@ def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, 
             ray.shutdown()
 
 
+def _require_listener(address: str) -> None:
+    """Raise at once where Ray would try for five minutes: for `host:port` and `ray://host:port` that nobody listens at.
+
+    Raises:
+        OSError: if no connection can be made.
+        ValueError: if the port is not a number.
+    """
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.hostname is not None and url.port is not None:
+        socket.create_connection((url.hostname, url.port), timeout=CONNECT_S).close()
+
+
 def _local_variables(config: ClusterConfig, folders: tuple[Path, Path]) -> dict[str, str]:
     """Return the environment of a cluster on this machine; every process of it inherits the driver's."""
-    variables = {**_accelerator(config), **_waiting(config), **LOCAL_TRAIN, **QUIET}
+    variables = {**_accelerator(config), **_waiting(config), **LOCAL_TRAIN, **ALWAYS}
     # Workers must import the very same tree, also where it is not installed. Site-packages come by themselves, and put here
     # they would go before the standard library.
     parents = dict.fromkeys(str(folder.parent) for folder in folders if str(folder.parent) != sysconfig.get_path("purelib"))

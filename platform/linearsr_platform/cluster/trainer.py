@@ -4,6 +4,8 @@ from math import ceil
 
 import ray
 from ray.exceptions import RayError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.callback import RayTrainCallback
 
 # What `ray.train` exports at run time; type checkers see the former version there.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -63,10 +65,18 @@ def fit(
     return outcome
 
 
+class _LeanTrainer(TorchTrainer):
+    """Leaves out Ray Data's manager, a process of 1.8 CPU seconds and 125 MB a trainer: batches do not come from Ray Data."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks: list[RayTrainCallback] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+
 def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> TorchTrainer:
     gpus = cluster.gpus_per_worker
     threads = max(1, int(cpus))
-    return TorchTrainer(
+    return _LeanTrainer(
         train_worker,
         # The job by reference: Ray Train's own processes then need not import what is in it.
         train_loop_config={"job": ray.put(job), "board": board, "threads": threads},

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from traceback import format_exc
+from traceback import format_exception
+from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.cluster.failures import FINAL_ERRORS
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.recipe.schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
@@ -33,12 +33,19 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     # DeepSpeed imports mlflow if it can, only for its autotuner: 1.5 CPU seconds and 130 MB a worker. Workers never use it.
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
-    try:
+    with _TracebackInNotes():
         _train(ray.get(config["job"]), config["board"])
-    except FINAL_ERRORS as error:
-        # Only the exception travels to the driver, its traceback does not.
-        error.add_note(format_exc())
-        raise
+
+
+class _TracebackInNotes:
+    """Writes the traceback of an error into its notes: the error travels to the driver, its traceback would not."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            error.add_note("".join(format_exception(error)))
 
 
 def _train(job: TrainJob, board: ProgressBoard) -> None:

@@ -1,0 +1,71 @@
+"""Several trainers on a cluster with room for two: they queue, fail alone, and resume after an interruption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+
+pytestmark = pytest.mark.ray
+
+
+def test_one_of_four_fails_alone_and_only_it_is_trained_again(cluster, tmp_path: Path) -> None:
+    from toy_training import free_cpus, toy_job
+
+    names = [f"expert-{index}" for index in range(1, 5)]
+    weights = tmp_path / "knee.safetensors"
+    save_file({"weight": torch.zeros(5)}, weights)
+    board, events, running, most = ProgressBoard.start(), [], set(), 0
+
+    def watch(new) -> None:
+        nonlocal most
+        events.extend(new)
+        for event in new:
+            running.add(event.source) if event.kind == "start" else running.discard(event.source) if event.kind == "end" else None
+            most = max(most, len(running))
+
+    def fit(init: dict[str, str]) -> dict:
+        jobs = [toy_job(tmp_path, name, init_weights=init.get(name)) for name in names]
+        return fit_all(jobs, cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=watch)
+
+    results = fit({"expert-2": str(weights)})
+    failure = results.pop("expert-2")
+    assert isinstance(failure, TrainerFailure)
+    assert failure.message.startswith(f"expert-2: init_weights: got {weights}; expected the weights of this network")
+    assert "load_state_dict" in failure.details
+    assert {name: outcome.steps for name, outcome in results.items()} == {"expert-1": 20, "expert-3": 20, "expert-4": 20}
+    assert most <= 2
+    assert not any(event.source == "expert-2" and event.kind == "start" for event in events)
+
+    events.clear()
+    fixed = fit({})
+    assert {name: outcome.steps for name, outcome in fixed.items()} == dict.fromkeys(names, 20)
+    assert {event.source for event in events} == {"expert-2"}
+    assert {name: fixed[name] for name in results} == results
+    assert free_cpus() == 2
+    board.close()
+
+
+def test_an_interrupted_trainer_gives_its_workers_back_and_resumes(cluster, tmp_path: Path) -> None:
+    from toy_training import free_cpus, toy_job
+
+    job, board, seen = toy_job(tmp_path, "pretrain", pause_s=0.2), ProgressBoard.start(), []
+
+    def interrupt(new) -> None:
+        if any(event.kind == "checkpoint" for event in new):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=interrupt)
+    assert free_cpus() == 2
+
+    board.drain()
+    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=seen.extend)["pretrain"]
+    assert not isinstance(outcome, TrainerFailure), outcome
+    assert outcome.steps == 20
+    assert seen[0].kind == "start"
+    assert seen[0].step >= 5
+    board.close()

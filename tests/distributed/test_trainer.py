@@ -1,0 +1,83 @@
+"""One trainer with two real workers: Ray Train, DeepSpeed ZeRO-2 over gloo, shards, checkpoints, outcome; and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from safetensors.torch import load_file
+
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.capacity import Room, Share, fits
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.failures import explain
+from linearsr_platform.cluster.session import package_folders
+from linearsr_platform.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def test_two_workers_train_and_a_second_call_starts_nothing(cluster, tmp_path: Path) -> None:
+    from toy_training import free_cpus, toy_job
+
+    job, board, events = toy_job(tmp_path, "pretrain", workers=2), ProgressBoard.start(), []
+    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["pretrain"]
+
+    assert not isinstance(outcome, TrainerFailure), outcome
+    assert outcome.steps == 20
+    assert load_file(outcome.last_weights)["weight"].shape == (3, 3, 3, 3)
+    assert outcome.history[-1]["psnr_y"] > outcome.history[0]["psnr_y"] + 3
+    steps = {
+        kind: [event.step for event in events if event.kind == kind] for kind in ("start", "metrics", "validation", "checkpoint", "end")
+    }
+    assert steps == {
+        "start": [0],
+        "metrics": [5, 10, 15, 20],
+        "validation": [0, 10, 20],
+        "checkpoint": [5, 10, 15, 20],
+        "end": [20],
+    }
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert list((tmp_path / "ray").iterdir()) == []
+    assert free_cpus() == 2
+
+    again = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["pretrain"]
+    assert again == outcome
+    assert events[-1].kind == "end"
+    board.close()
+
+
+def test_a_trainer_that_can_never_start_is_refused_with_the_arithmetic(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    job, board = toy_job(tmp_path, "expert-1", workers=4), ProgressBoard.start()
+    with pytest.raises(UserError, match=r"expert-1: got 4 workers of 1 CPUs each; expected at most 2, because the cluster has 2 CPUs"):
+        fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=lambda _: None)
+    board.close()
+
+
+def test_as_many_trainers_run_at_once_as_cpus_and_memory_allow(tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    job, half = toy_job(tmp_path, "expert-1"), Share(cpus=0.5)
+    two_cpus = Room(nodes=(Share(cpus=2),), memory_bytes=100e9)
+    assert [fits(job, [job] * running, half, two_cpus) for running in range(5)] == [True] * 4 + [False]
+    assert Room(nodes=(Share(cpus=1.5), Share(cpus=1.5))).workers(Share(cpus=1)) == 2
+    assert Room(nodes=(Share(cpus=8, gpus=1),)).workers(Share(cpus=1, gpus=0.5)) == 2
+
+    small = Room(nodes=(Share(cpus=2),), memory_bytes=4e9)
+    assert [fits(job, [job] * running, half, small) for running in range(3)] == [True, True, False]
+    assert fits(job, [], half, Room(nodes=(Share(cpus=2),), memory_bytes=1e9))
+
+
+def test_the_worker_that_died_is_blamed_and_not_those_that_lost_it() -> None:
+    lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4242")
+    killed = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError("gone"))
+    for failures, blamed in (({0: lost, 1: killed}, "a worker died"), ({0: lost, 1: OSError("disk full")}, "OSError: disk full")):
+        assert str(explain("expert-3", WorkerGroupError("...", failures), waited="")).startswith(f"expert-3: {blamed}")
+
+
+def test_packages_of_two_installations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearsr.__path__", ["/elsewhere/linearsr"])
+    with pytest.raises(UserError, match=r"got linearsr from /elsewhere/linearsr and linearsr_platform from .*expected one checkout"):
+        package_folders()
