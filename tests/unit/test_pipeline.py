@@ -1,0 +1,102 @@
+"""How a run goes through its stages: what is done is skipped, what changed is done again, a failure is told and resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.report.model import StageRecord
+from linearsr_platform.stages import pipeline
+from linearsr_platform.stages.context import RunContext, Stage, StageOutput
+from linearsr_platform.tracking.runs import Tracker
+
+SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return Tracker(f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db", "pipeline")
+
+
+@pytest.fixture
+def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Three stages in a row, each adding one to what it needs; `settings` and `broken` can be changed between runs."""
+    world: dict[str, Any] = {"settings": {"a": 1, "b": 10, "c": 100}, "broken": None, "folder": tmp_path, "tracker": tracker}
+
+    def stage(name: str, needs: tuple[str, ...]) -> Stage:
+        def run(context: RunContext, url: str, tracked: object) -> StageOutput:
+            if world["broken"] == name:
+                raise ValueError(f"{name} is broken")
+            before = sum(context.results[need].data["value"] for need in needs)
+            return StageOutput(name, {"value": before + world["settings"][name]})
+
+        return Stage(needs, lambda context: world["settings"][name], run)
+
+    monkeypatch.setattr(pipeline, "STAGES", {"a": stage("a", ()), "b": stage("b", ("a",)), "c": stage("c", ("a", "b"))})
+    return world
+
+
+def go(world: dict[str, Any], redo_from: str | None = None) -> tuple[dict[str, str], dict[str, int]]:
+    """Run and return each stage's status and value."""
+    loaded = load_recipe(str(SMOKE))
+    context = RunContext(
+        loaded=loaded,
+        storage_url=str(world["folder"]),
+        tracker=world["tracker"],
+        pipeline_run=world["tracker"].start_pipeline("smoke"),
+        display=Silent(),
+        user="tester",
+        open_cluster=lambda: None,
+    )
+    records: list[StageRecord] = []
+    try:
+        pipeline.run_pipeline(context, redo_from=redo_from, records=records)
+    except ValueError:
+        assert records[-1].summary == f"{world['broken']} is broken"
+    status = {record.name: record.status for record in records}
+    return status, {name: result.data["value"] for name, result in context.results.items()}
+
+
+def test_a_second_run_skips_everything_and_has_the_same_results(world: dict[str, Any]) -> None:
+    first, second = go(world), go(world)
+    assert first == (dict.fromkeys("abc", "done"), {"a": 1, "b": 11, "c": 112})
+    assert second == (dict.fromkeys("abc", "skipped"), first[1])
+
+
+def test_a_changed_setting_redoes_its_stage_and_what_needs_it_and_changing_back_finds_the_old_result(world: dict[str, Any]) -> None:
+    go(world)
+    world["settings"]["b"] = 20
+    assert go(world) == ({"a": "skipped", "b": "done", "c": "done"}, {"a": 1, "b": 21, "c": 122})
+    world["settings"]["b"] = 10
+    assert go(world)[0] == dict.fromkeys("abc", "skipped")
+
+
+def test_redoing_starts_at_the_named_stage(world: dict[str, Any]) -> None:
+    go(world)
+    assert go(world, redo_from="b")[0] == {"a": "skipped", "b": "done", "c": "done"}
+
+
+def test_a_failure_ends_the_run_is_tracked_and_the_next_run_goes_on_there(world: dict[str, Any]) -> None:
+    world["broken"] = "b"
+    status, values = go(world)
+    assert (status, values) == ({"a": "done", "b": "failed"}, {"a": 1})
+    client = world["tracker"].client
+    newest = client.search_runs([world["tracker"].experiment_id], "tags.stage = 'b'", max_results=1, order_by=["start_time DESC"])
+    assert newest[0].info.status == "FAILED"
+    world["broken"] = None
+    assert go(world)[0] == {"a": "skipped", "b": "done", "c": "done"}
+
+
+def test_a_stage_without_its_result_file_counts_as_not_done(world: dict[str, Any]) -> None:
+    go(world)
+    next((world["folder"] / "smoke").glob("c-*/result.json")).unlink()
+    assert go(world)[0] == {"a": "skipped", "b": "skipped", "c": "done"}
