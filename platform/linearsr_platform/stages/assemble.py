@@ -1,8 +1,10 @@
 """Stage `assemble`: the experts' knees, boundaries and sampler become one bundle."""
 
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from linearsr.bundle import load_bundle, save_bundle
+from linearsr.bundle import save_bundle
 from linearsr.experts import steps_per_expert
 from linearsr.sampling import sampling_times
 from linearsr_platform import storage
@@ -36,11 +38,11 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
             for stage in ("pretrain", "experts", "finetune")
         },
     }
-    target = storage.join(url, BUNDLE)
-    with ExitStack() as stack, storage.atomic_folder(target) as folder:
+    with ExitStack() as stack:
         weights = [stack.enter_context(storage.local_path(knee_weights(trainers, name))) for name in names]
-        save_bundle(
-            folder / BUNDLE,
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="linearsr-")), BUNDLE)
+        bundle = save_bundle(
+            folder,
             config=model_config(context),
             statistics=statistics_of(context),
             boundaries=boundaries_of(context),
@@ -49,10 +51,9 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
             lineage=lineage,
             precision=context.recipe.finetune.train.precision,
         )
-    with storage.local_path(storage.join(target, BUNDLE)) as local:
-        digest = load_bundle(local).digest
-    tracked.set_tags({"bundle_digest": digest})
-    return StageOutput(f"{len(names)} experts, digest {digest[:12]}", {"bundle": f"{BUNDLE}/{BUNDLE}", "digest": digest})
+        storage.copy_tree(str(folder), bundle_url_in(url))
+    tracked.set_tags({"bundle_digest": bundle.digest})
+    return StageOutput(f"{len(names)} experts, digest {bundle.digest[:12]}", {"digest": bundle.digest})
 
 
 def warn_of_idle_experts(context: RunContext) -> None:
@@ -66,5 +67,9 @@ def warn_of_idle_experts(context: RunContext) -> None:
 
 def bundle_url(context: RunContext) -> str:
     """Return the folder of the assembled bundle."""
-    result = context.results["assemble"]
-    return storage.join(result.url, *str(result.data["bundle"]).split("/"))
+    return bundle_url_in(context.results["assemble"].url)
+
+
+def bundle_url_in(stage_url: str) -> str:
+    """Return where `assemble` puts the bundle inside its folder."""
+    return storage.join(stage_url, BUNDLE)

@@ -1,9 +1,14 @@
 """Stage `experts`: one network per interval of noise levels, in parallel, each from pretrain's knee."""
 
+from collections.abc import Mapping
+from typing import Literal
+
 from linearsr.experts import bisect_boundaries, training_interval
+from linearsr_platform.recipe.schema import TrainConfig
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, describe, knee_weights, make_job, run_jobs, statistics_of
 from linearsr_platform.tracking.runs import TrackedRun
+from linearsr_platform.train.job import TrainJob
 
 
 def boundaries_of(context: RunContext) -> tuple[float, ...]:
@@ -24,19 +29,28 @@ def settings(context: RunContext) -> object:
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Train all experts."""
-    section, boundaries = context.recipe.experts, boundaries_of(context)
+    section = context.recipe.experts
     parent = knee_weights(context.results["pretrain"].data["trainers"], "pretrain")
-    jobs = [
+    jobs = expert_jobs(context, url, section.train, parents=dict.fromkeys(expert_names(context), parent))
+    outcomes = run_jobs(context, jobs, url, tracked, cpus_per_worker=section.cpus_per_worker)
+    return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "boundaries": list(boundaries_of(context))})
+
+
+def expert_jobs(
+    context: RunContext, url: str, train: TrainConfig, *, parents: Mapping[str, str], split: Literal["train", "high-quality"] = "train"
+) -> list[TrainJob]:
+    """Describe one trainer for each expert: on its interval and the overlap, from its parent's weights, on a split."""
+    boundaries, overlap = boundaries_of(context), context.recipe.experts.overlap_log_snr
+    return [
         make_job(
             context,
             name=name,
             url=url,
-            train=section.train,
-            interval=training_interval(index, boundaries, section.overlap_log_snr),
+            train=train,
+            interval=training_interval(index, boundaries, overlap),
             statistics=statistics_of(context),
-            init_weights=parent,
+            split=split,
+            init_weights=parents[name],
         )
         for index, name in enumerate(expert_names(context))
     ]
-    outcomes = run_jobs(context, jobs, url, tracked, cpus_per_worker=section.cpus_per_worker)
-    return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "boundaries": list(boundaries)})

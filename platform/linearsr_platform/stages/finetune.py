@@ -1,9 +1,8 @@
 """Stage `finetune`: each expert on the high-quality subset, from its own knee."""
 
-from linearsr.experts import training_interval
 from linearsr_platform.stages.context import RunContext, StageOutput
-from linearsr_platform.stages.experts import boundaries_of, expert_names
-from linearsr_platform.stages.jobs import as_data, describe, knee_weights, make_job, run_jobs, statistics_of
+from linearsr_platform.stages.experts import expert_jobs, expert_names
+from linearsr_platform.stages.jobs import as_data, describe, knee_weights, run_jobs
 from linearsr_platform.tracking.runs import TrackedRun
 
 
@@ -14,20 +13,8 @@ def settings(context: RunContext) -> object:
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Fine-tune all experts."""
-    section, boundaries = context.recipe.finetune, boundaries_of(context)
-    parents = context.results["experts"].data["trainers"]
-    jobs = [
-        make_job(
-            context,
-            name=name,
-            url=url,
-            train=section.train,
-            interval=training_interval(index, boundaries, context.recipe.experts.overlap_log_snr),
-            statistics=statistics_of(context),
-            split=section.subset,
-            init_weights=knee_weights(parents, name),
-        )
-        for index, name in enumerate(expert_names(context))
-    ]
+    section, before = context.recipe.finetune, context.results["experts"].data["trainers"]
+    parents = {name: knee_weights(before, name) for name in expert_names(context)}
+    jobs = expert_jobs(context, url, section.train, parents=parents, split=section.subset)
     outcomes = run_jobs(context, jobs, url, tracked, cpus_per_worker=context.recipe.experts.cpus_per_worker)
     return StageOutput(describe(outcomes), {"trainers": as_data(outcomes)})
