@@ -12,7 +12,7 @@ from linearsr.task import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
-from linearsr_platform.errors import StageError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import TrainConfig
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.prepare import manifest_of, shards_of
@@ -87,7 +87,8 @@ def run_jobs(
     """Train all jobs on the cluster, as many at once as fit, and log each as a run of its own.
 
     Raises:
-        StageError: naming every trainer that failed; the others are finished and are not trained again.
+        StageError: naming every trainer that failed; the others are finished and are not trained again. A `UserError` instead
+            if all of them failed by a mistake of the user.
     """
     context.open_cluster()
     runs = {job.name: context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)) for job in jobs}
@@ -124,10 +125,21 @@ def run_jobs(
             _log_outcome(run, done[name])
         run.finish("FINISHED" if name in done else "FAILED")
     if failed:
-        reasons = "; ".join(failure.message for failure in failed.values())
-        kept = f"; {', '.join(done)} finished and will not be trained again" if done else ""
-        raise StageError(f"{len(failed)} of {len(jobs)} trainers failed: {reasons}{kept}; fix the cause and run the same command again")
+        raise _failure(failed, done)
     return done
+
+
+def _failure(failed: Mapping[str, TrainerFailure], done: Mapping[str, TrainOutcome]) -> UserError | StageError:
+    """Return the error that tells which trainers failed and why; tracebacks of workers go into its notes, for `--verbose`."""
+    reasons = "; ".join(failure.message for failure in failed.values())
+    kept = f"; {', '.join(done)} finished and will not be trained again" if done else ""
+    kind = UserError if all(failure.by_user for failure in failed.values()) else StageError
+    count = f"{len(failed)} of {len(failed) + len(done)} trainers failed"
+    error = kind(f"{count}: {reasons}{kept}; fix the cause and run the same command again")
+    for name, failure in failed.items():
+        if failure.details:
+            error.add_note(f"{name}:\n{failure.details}")
+    return error
 
 
 def _state(event: Event) -> str | None:
