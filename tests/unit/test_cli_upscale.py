@@ -75,6 +75,7 @@ def test_the_seed_decides_the_picture(bundle: Path, photo: Path) -> None:
         (("broken.png", "out.png"), "broken.png"),
         (("photo.png", "out.png", "--estimate", "best"), "expected routed or one_step"),
         (("photo.png", "out.png", "--model", "nowhere"), "expected a folder with a bundle.json"),
+        (("photo.png", "out.png", "--model", "models:/none@champion"), "expected the storage root of a run"),
     ],
 )
 def test_mistakes_exit_with_2_and_leave_nothing(

@@ -34,8 +34,9 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> No
             try:
                 run_pipeline(context, redo_from=redo_from, records=records)
             finally:
-                report = write_run_report(context, records, started)
-    _say_where_to_look(context, report)
+                # A failed run has a report too: it says what was done before, and what failed.
+                display.message(f"report    {write_run_report(context, records, started)}")
+    _say_where_to_look(context)
 
 
 def open_context(loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, *, verbose: bool) -> "RunContext":
@@ -73,9 +74,8 @@ def open_context(loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, 
     )
 
 
-def _say_where_to_look(context: "RunContext", report: str) -> None:
+def _say_where_to_look(context: "RunContext") -> None:
     for label, value in (
-        ("report", report),
         ("pictures", storage.join(context.run_url, "pictures")),
         ("model", f"models:/{context.recipe.model_name}@champion"),
         ("MLflow", f"mlflow ui --backend-store-uri {context.tracker.uri}"),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from linearsr_platform.cli.options import Verbose
+from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import StageError
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
@@ -24,11 +25,10 @@ def models(storage: Storage = "runs", tracking_uri: TrackingUri = None, verbose:
 
     quiet_libraries(verbose=verbose)
     from linearsr_platform.registry.models import list_models
-    from linearsr_platform.tracking.store import connect, default_uri
 
     columns = (Column("model", no_wrap=True), "version", "aliases", "one step", "routed", "bicubic")
     table = Table(*columns, caption="PSNR-Y in dB of the evaluation each version was registered with")
-    for found in list_models(connect(tracking_uri or default_uri(storage))):
+    for found in list_models(existing_store(storage, tracking_uri)):
         rows = found.evaluation.rows if found.evaluation else {}
         numbers = [f"{rows[row]['psnr_y']:.2f}" if "psnr_y" in rows.get(row, {}) else "-" for row in ("one_step", "routed", "bicubic")]
         table.add_row(found.name, str(found.version), ", ".join(found.aliases), *numbers)
@@ -58,10 +58,9 @@ def promote(
     except ValueError as error:
         raise UserError(f"--metric: {error}") from error
     from linearsr_platform.registry.promotion import promote as decide
-    from linearsr_platform.tracking.store import connect, default_uri
 
     rule = PromoteSection.model_validate({"metric": metric, "estimate": estimate, "tolerance": tolerance})
-    decision = decide(connect(tracking_uri or default_uri(storage)), name, rule=rule, by=getpass.getuser())
+    decision = decide(existing_store(storage, tracking_uri), name, rule=rule, by=getpass.getuser())
     if not decision.promoted:
         raise StageError(f"refused: {decision.reason}")
     typer.echo(f"models:/{name}@champion is version {decision.challenger_version}: {decision.reason}")

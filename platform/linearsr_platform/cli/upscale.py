@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linearsr_platform.cli.options import Verbose
+from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,9 +81,8 @@ def load(model: str, storage_root: str, tracking_uri: str | None) -> "Bundle":
     """Return the bundle that `model` names, checked against its hashes."""
     from linearsr.bundle import BundleError, load_bundle
     from linearsr_platform.registry.models import resolve
-    from linearsr_platform.tracking.store import connect, default_uri
 
-    folder = resolve(model, lambda: connect(tracking_uri or default_uri(storage_root)))
+    folder = resolve(model, lambda: existing_store(storage_root, tracking_uri))
     try:
         return load_bundle(folder)
     except BundleError as error:

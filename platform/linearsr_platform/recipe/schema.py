@@ -173,7 +173,7 @@ class ValidationConfig(Section):
     """Sampler steps; an expert starts from the noised truth at the top of its own interval."""
     metrics: tuple[str, ...] = ("psnr_y", "ssim_y", "gmsd")
     weights: str | None = None
-    """Folder with weights of learned metrics (LPIPS, MUSIQ, ...), fsspec URL."""
+    """Local folder with the weights of learned metrics (LPIPS, MUSIQ, ...), the same on every node."""
 
 
 class ExpertsSection(Section):

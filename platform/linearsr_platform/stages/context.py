@@ -111,6 +111,12 @@ class RunContext:
         return self.loaded.recipe
 
     @property
+    def metric_weights(self) -> str | None:
+        """Folder with the weights of learned metrics; absolute, because workers have another working directory."""
+        weights = self.recipe.validation.weights
+        return None if weights is None else storage.absolute(weights)
+
+    @property
     def run_url(self) -> str:
         """Folder of everything runs of this recipe's name write."""
         return storage.join(self.storage_url, self.recipe.name)

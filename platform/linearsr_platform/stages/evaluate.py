@@ -49,7 +49,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     photographs = held_out(context)
     with storage.local_path(bundle_url(context)) as folder:
         upscaler = Upscaler(load_bundle(folder))
-    meter = Meter(section.metrics, section.protocol, context.recipe.validation.weights)
+    meter = Meter(section.metrics, section.protocol, context.metric_weights)
     sweep_steps = [steps for steps in section.step_sweep if steps != context.recipe.sampler.num_steps]
     total, done = len(photographs) * (len(ROWS) + len(sweep_steps)), 0
     table: dict[str, dict[str, dict[str, float]]] = {}

@@ -64,7 +64,7 @@ def make_job(
         crop_px=train.crop_px,
         validation_steps=recipe.validation.steps,
         metrics=recipe.validation.metrics,
-        metric_weights=recipe.validation.weights,
+        metric_weights=context.metric_weights,
         seed=recipe.seed,
     )
     return TrainJob(

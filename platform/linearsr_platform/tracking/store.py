@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 """Port of a database server whose URI names none."""
 
+SQLITE_FILE = "mlflow.db"
+"""Name of the default store under a storage root."""
+
 HOW_TO_START = (
     "start one with `mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000`, or unset tracking.uri to use a local file"
 )
@@ -36,7 +39,7 @@ def default_uri(storage_root: str) -> str:
             f"tracking.uri: got nothing; expected a URI, because storage {storage_root!r} is remote and SQLite needs a local disk; "
             "fix: set tracking.uri to an MLflow server, as in --set tracking.uri=http://HOST:5000"
         )
-    return f"sqlite:///{storage.join(storage_root, 'mlflow.db')}"
+    return f"sqlite:///{storage.join(storage_root, SQLITE_FILE)}"
 
 
 def default_artifact_root(storage_root: str) -> str:
