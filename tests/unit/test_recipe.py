@@ -99,6 +99,13 @@ def test_the_hash_is_of_the_meaning_not_of_the_text(write):
     assert load_recipe(write(MINIMAL), None, ["pretrain.lr=2e-4"]).hash != loaded.hash
 
 
+def test_a_mapping_that_is_set_replaces_the_section_and_a_dotted_key_adds_to_it(write):
+    recipe = write(MINIMAL)
+    before = set(load_recipe(recipe).recipe.data.sources)
+    assert set(load_recipe(recipe, None, ["data.sources.mine=photos"]).recipe.data.sources) == before | {"mine"}
+    assert set(load_recipe(recipe, None, ["data.sources={mine: photos}"]).recipe.data.sources) == {"mine"}
+
+
 def test_layers_merge_in_order_sections_deeply_and_lists_whole(write):
     recipe = write(MINIMAL + "cluster: {num_cpus: 2, object_store_mb: 100}\nevaluate: {step_sweep: [1, 2, 4]}\n")
     profile = write("storage: s3://bucket/runs\ncluster: {num_cpus: 8}\nevaluate: {step_sweep: [3]}\n", "profile.yaml")

@@ -16,6 +16,8 @@ class Layer:
     settings: dict[str, object]
     lines: dict[KeyPath, int] = field(default_factory=dict)
     """Line of each key; empty for a `--set`."""
+    assigned: KeyPath | None = None
+    """Key that a `--set` assigns: a mapping given for it takes the place of what was there."""
 
     def origin(self, path: KeyPath) -> str:
         """Name the place of a key in this layer."""
@@ -31,7 +33,7 @@ class Merged:
     """Where each value was written; a section belongs to the first layer that has it."""
 
     def add(self, layer: Layer) -> None:
-        """Put a layer on top: sections merge key by key, everything else is replaced."""
+        """Put a layer on top: sections merge key by key, everything else is replaced, and so is the section a `--set` assigns."""
         self.origins.setdefault((), layer.file)
         self._merge(self.settings, layer.settings, (), layer)
 
@@ -62,7 +64,7 @@ class Merged:
                 target[key] = value
                 self._note(value, inner, layer)
                 continue
-            if not isinstance(present, dict):
+            if not isinstance(present, dict) or inner == layer.assigned:
                 self._forget(inner)
                 present = target[key] = {}
                 self.origins[inner] = layer.origin(inner)
@@ -99,5 +101,5 @@ def override_layers(overrides: Sequence[str]) -> tuple[list[Layer], list[RecipeP
         for part in reversed(parts):
             settings = {part: settings}
         if isinstance(settings, dict):
-            layers.append(Layer(file, settings))
+            layers.append(Layer(file, settings, assigned=tuple(parts)))
     return layers, problems
