@@ -10,6 +10,9 @@ from typing import Literal
 PAPER_BOUNDARIES = (0.223, 0.875, 0.939)
 """Noise levels that split the four experts. Source: LinearSR section 3, SNR-based mixture of experts."""
 
+MIN_POINTS = 6
+"""Fewest evaluations that the knee detector says anything about."""
+
 
 def require(holds: bool, where: str, value: object, rule: str) -> None:
     """Raise `ValueError` naming the field, the value it had and the rule it broke, unless `holds`."""

@@ -1,10 +1,13 @@
 """The knee detector on curves whose knee is known."""
 
+import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from linearsr.config import MIN_POINTS
 from linearsr.knee import KneeDetector, decide_from_history
 
 METRICS = {"psnr_y": True, "ssim_y": True, "gmsd": False}
@@ -29,37 +32,74 @@ def rise_then_decline(length=40, peak=15):
     return np.where(i <= peak, 1 - np.exp(-i / 4), 1 - np.exp(-peak / 4) - 0.03 * (i - peak))
 
 
-def decisions(points, metrics=METRICS, patience=4, min_points=4):
-    detector = KneeDetector(metrics, patience=patience, min_points=min_points)
+def decisions(points, metrics=METRICS, **settings):
+    detector = KneeDetector(metrics, **settings)
     return [detector.update(step, values) for step, values in points]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.06])
+def rise_then_oscillation(length=60, onset=24):
+    """A rise, done at evaluation 20, and the size of the noise: four times larger after the onset."""
+    i = np.arange(length)
+    return 1 - np.exp(-i / 5), np.where(i > onset, 4.0, 1.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.04])
 def test_rise_then_decline_is_confirmed_near_its_peak(noise):
     for seed in range(8):
         history = decisions(three_metrics(rise_then_decline(peak=15), noise, seed))
         final = history[-1]
         assert final.state == "confirmed", (seed, final)
-        # Eval 15 is the peak; 95 % of the rise is done at 12. One evaluation past it is within the noise.
-        assert 9 * EVERY <= final.knee_step <= 17 * EVERY, (seed, final)
+        # Eval 15 is the peak; 95 % of the rise is done at 12.
+        assert 8 * EVERY <= final.knee_step <= 18 * EVERY, (seed, final)
         assert final.knee_step < final.confirmed_at <= 31 * EVERY, (seed, final)
         assert history[3].state == "improving", (seed, history[3])
         first = next(i for i, decision in enumerate(history) if decision.state == "confirmed")
         assert final.confirmed_at == EVERY * (first + 1)
-        assert set(history[first:]) == {final}  # What is confirmed stays.
+        assert all(decision == final for decision in history[first:])  # What is confirmed stays.
+        low, high = final.interval
+        assert low <= final.knee_step <= high <= final.onset_step
+
+
+def test_oscillation_is_dated_and_an_evaluation_before_it_is_kept():
+    shape, growth = rise_then_oscillation()
+    for seed in range(8):
+        final = decisions(three_metrics(shape, 0.04 * growth, seed))[-1]
+        assert final.state == "confirmed", (seed, final)
+        assert abs(final.onset_step / EVERY - 1 - 24) <= 4, (seed, final)
+        assert 12 * EVERY <= final.knee_step <= 26 * EVERY, (seed, final)
+        assert "oscillation" in final.reason
 
 
 @pytest.mark.parametrize("shape", [0.1 * np.arange(30), np.log1p(np.arange(30)), 1 - np.exp(-np.arange(30) / 15)])
 def test_a_rising_curve_is_never_confirmed(shape):
     for seed in range(8):
         history = decisions(three_metrics(shape / np.ptp(shape), 0.02, seed))
-        assert all(decision.state != "confirmed" for decision in history), (seed, history[-1])
+        assert all(decision.state in ("improving", "plateau") for decision in history), (seed, history[-1])
+
+
+def test_a_plateau_is_no_knee_until_patience_says_so():
+    shape = 1 - np.exp(-np.arange(60) / 3)
+    for seed in range(8):
+        points = three_metrics(shape, 0.03, seed)
+        waiting, patient = decisions(points)[-1], decisions(points, patience=10)
+        assert waiting.confirmed_at is None, (seed, waiting)
+        final = patient[-1]
+        assert final.state == "confirmed", (seed, final)
+        assert final.onset_step is None
+        assert final.confirmed_at >= final.knee_step + 10 * EVERY
+
+
+def test_steps_upwards_are_no_oscillation():
+    i = np.arange(70)
+    stairs = 0.5 * (1 - np.exp(-i / 2)) + sum(0.25 * (1 - np.exp(-np.maximum(0, i - start) / 2)) for start in (18, 36, 54))
+    confirmed = [decisions(three_metrics(stairs, 0.015, seed))[-1].confirmed_at for seed in range(8)]
+    assert confirmed.count(None) >= 7
 
 
 def test_a_rise_in_heavy_noise_is_waited_for():
     # 0.3 noise units an evaluation: four evaluations bring little more than the noise of one, thirty bring nine units.
-    confirmed = [decisions(three_metrics(0.3 * np.arange(30), 1.0, seed))[-1].state == "confirmed" for seed in range(12)]
-    assert sum(confirmed) <= 2
+    confirmed = [decisions(three_metrics(0.3 * np.arange(30), 1.0, seed))[-1].confirmed_at for seed in range(12)]
+    assert confirmed.count(None) >= 11
 
 
 def test_an_untrained_first_evaluation_does_not_dwarf_later_gains():
@@ -68,12 +108,18 @@ def test_an_untrained_first_evaluation_does_not_dwarf_later_gains():
         assert decisions(three_metrics(shape, 0.001, seed))[-1].state == "improving", seed
 
 
-def test_a_plateau_is_confirmed_and_its_earliest_part_chosen():
-    shape = 1 - np.exp(-np.arange(40) / 3)
+def test_rounded_values_do_not_pass_for_oscillation():
     for seed in range(8):
-        final = decisions(three_metrics(shape, 0.03, seed))[-1]
-        assert final.state == "confirmed", (seed, final)
-        assert 5 * EVERY <= final.knee_step <= 20 * EVERY, (seed, final)
+        shape = 24 + 2 * (1 - np.exp(-np.arange(60) / 4)) + 0.004 * np.random.default_rng(seed).standard_normal(60)
+        assert decisions(points_of({"psnr_y": shape.round(2)}), {"psnr_y": True})[-1].confirmed_at is None, seed
+
+
+def test_no_single_metric_of_three_can_confirm():
+    for seed in range(6):
+        points = three_metrics(1 - np.exp(-np.arange(60) / 5), 0.03, seed)
+        wild = [(step, {**values, "gmsd": values["gmsd"] + 0.5 * (-1) ** i * (i > 30)}) for i, (step, values) in enumerate(points)]
+        assert decisions(wild)[-1].confirmed_at is None, seed
+        assert decisions(wild, {"gmsd": False})[-1].confirmed_at is not None, seed
 
 
 def test_a_decision_depends_on_no_later_point_and_repeats():
@@ -88,38 +134,47 @@ def test_a_decision_depends_on_no_later_point_and_repeats():
 def test_units_and_offsets_of_metrics_do_not_matter():
     points = three_metrics(rise_then_decline(), 0.05, seed=5)
     scaled = [(step, {"psnr_y": 1e3 * v["psnr_y"] - 7, "ssim_y": v["ssim_y"] / 50, "gmsd": v["gmsd"] * 3 + 100}) for step, v in points]
-    outcomes = [[(d.state, d.knee_step, d.confirmed_at) for d in decisions(each)] for each in (points, scaled)]
+    outcomes = [[(d.state, d.knee_step, d.confirmed_at, d.interval) for d in decisions(each)] for each in (points, scaled)]
     assert outcomes[0] == outcomes[1]
 
 
 def test_orientation_decides_what_a_gain_is():
-    rising = points_of({"m": rise_then_decline()})
-    up, down = (decide_from_history({"m": higher}, rising, patience=4, min_points=4) for higher in (True, False))
-    assert up.knee_step > 8 * EVERY
-    assert down.knee_step == EVERY  # Lower is better, so the first evaluation was the best.
+    rising = points_of({"m": np.arange(30.0)})
+    assert decide_from_history({"m": True}, rising).state == "improving"
+    falling = decide_from_history({"m": False}, points_of({"m": np.concatenate([-np.arange(12.0), -12 + np.arange(20.0)])}))
+    assert 10 * EVERY <= falling.knee_step <= 13 * EVERY
 
 
 def test_conflicting_metrics_settle_where_neither_gains_more():
-    i = np.arange(40)
-    rng = np.random.default_rng(0)
+    i = np.arange(60)
     saturating = 1 - np.exp(-i / 4)
-    # Fidelity peaks at 10 and falls; the perceptual metric gains as much as fidelity loses from there on.
-    falling = saturating - 0.04 * np.maximum(0, i - 10)
-    gaining = 1 - saturating - 0.04 * np.maximum(0, i - 10)
-    curves = {"psnr_y": falling + 0.02 * rng.standard_normal(40), "gmsd": gaining + 0.02 * rng.standard_normal(40)}
-    final = decide_from_history({"psnr_y": True, "gmsd": False}, points_of(curves), patience=4, min_points=4)
-    assert final.state == "confirmed"
-    assert 6 * EVERY <= final.knee_step <= 22 * EVERY
+    # Fidelity falls from 15 on; the perceptual metrics gain as much as it loses, until from 30 on all oscillate.
+    drift, growth = 0.012 * np.clip(i - 15, 0, 15), np.where(i > 30, 4.0, 1.0)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        noise = {name: 0.03 * growth * rng.standard_normal(60) for name in METRICS}
+        falling = {"psnr_y": saturating - drift + noise["psnr_y"], "ssim_y": saturating + drift + noise["ssim_y"]}
+        final = decide_from_history(METRICS, points_of({**falling, "gmsd": 1 - saturating + noise["gmsd"]}))
+        assert final.state == "confirmed", seed
+        assert 10 * EVERY <= final.knee_step <= 33 * EVERY, (seed, final)
 
 
-def test_divergence_is_a_decline_confirmed_at_the_second_and_never_chosen():
+def test_divergence_is_seen_at_the_second_evaluation_and_never_chosen():
     points = three_metrics(np.arange(12) / 11, 0.001, seed=1)
     assert decisions(points)[-1].state == "improving"
     for value in (math.nan, math.inf, -math.inf):
         diverged = [*points, *((EVERY * i, dict.fromkeys(METRICS, value)) for i in (13, 14))]
         final = decisions(diverged)[-1]
-        assert (final.state, final.knee_step, final.confirmed_at) == ("confirmed", 12 * EVERY, 14 * EVERY), value
-        assert "decline" in final.reason, value
+        assert (final.state, final.confirmed_at) == ("diverging", 14 * EVERY), value
+        assert 11 * EVERY <= final.knee_step <= 12 * EVERY, value
+
+
+def test_a_collapse_to_finite_values_is_divergence_too():
+    shape = np.concatenate([1 - np.exp(-np.arange(20) / 4), [-3.0, -3.2, -3.1]])
+    final = decisions(three_metrics(shape, 0.02, seed=0))[-1]
+    assert final.state == "diverging"
+    assert final.confirmed_at <= 22 * EVERY
+    assert 10 * EVERY <= final.knee_step <= 20 * EVERY
 
 
 def test_one_bad_value_is_survived_and_missing_metrics_are_tolerated():
@@ -131,30 +186,64 @@ def test_one_bad_value_is_survived_and_missing_metrics_are_tolerated():
     holed.insert(8, (holed[7][0] + 1, {"loss": 0.1}))  # Nothing the detector watches.
     final = decisions(holed)[-1]
     assert final.state == "confirmed"
-    assert 9 * EVERY <= final.knee_step <= 17 * EVERY
+    assert 8 * EVERY <= final.knee_step <= 17 * EVERY
 
 
-def test_concluding_without_confirmation_takes_the_best_and_says_so():
+def test_concluding_without_a_knee_says_what_is_best_and_why_there_is_none():
     points = three_metrics(np.arange(10) / 9, 0.01, seed=0)
-    final = decide_from_history(METRICS, points, patience=4, min_points=4)
-    assert final.state == "improving"
-    assert final.knee_step == 10 * EVERY
-    assert "not confirmed" in final.reason
-    nothing = decide_from_history(METRICS, [(1, dict.fromkeys(METRICS, math.nan))], patience=4, min_points=4)
+    detector = KneeDetector(METRICS)
+    for step, values in points:
+        detector.update(step, values)
+    final = detector.conclude()
+    assert (final.state, final.knee_step, final.interval) == ("improving", None, None)
+    assert detector.best_step() == 10 * EVERY
+    assert {verdict.state for verdict in final.metrics.values()} == {"improving"}
+    nothing = decide_from_history(METRICS, [(1, dict.fromkeys(METRICS, math.nan))])
     assert nothing.knee_step is None
 
 
-def test_patience_and_min_points_delay_confirmation():
+@pytest.mark.parametrize("run", ["overfit-0", "overfit-1", "overfit-2", "quickstart-0"])
+def test_recorded_curves_are_stopped_where_they_overfit_and_only_there(run):
+    file = Path(__file__).parents[1] / "benchmarks" / "knee" / "curves" / f"{run}-ema-strips.csv"
+    rows = list(csv.DictReader(file.open(encoding="utf-8", newline="")))
+    points = [(int(row["step"]), {name: float(row[name]) for name in METRICS}) for row in rows]
+    final = decide_from_history(METRICS, points)
+    if run.startswith("quickstart"):
+        assert (final.state, final.confirmed_at) == ("plateau", None)
+    else:
+        # Best at 700 to 850 of 5000 steps; what is lost at the end is 1 dB.
+        assert final.state == "confirmed"
+        assert 450 <= final.knee_step <= 1000
+        assert final.confirmed_at <= 1600
+
+
+def test_candidates_hold_what_is_chosen_later():
+    """A store that keeps only the candidates always has the weights of the final choice, or those of a neighbour."""
+    keep = 12
+    for seed in range(6):
+        shape, growth = rise_then_oscillation()
+        detector, kept = KneeDetector(METRICS), []
+        for step, values in three_metrics(shape, 0.04 * growth, seed):
+            decision = detector.update(step, values)
+            candidates = detector.candidates(keep)
+            assert len(candidates) <= keep
+            kept = [each for each in [*kept, step] if each in candidates]
+            if decision.confirmed_at is not None:
+                break
+        assert min(abs(each - decision.knee_step) for each in kept) <= 2 * EVERY, (seed, kept, decision.knee_step)
+
+
+def test_min_points_delay_confirmation_and_fewer_than_the_least_say_nothing():
     points = three_metrics(rise_then_decline(peak=6), 0.01, seed=0)
-    eager, patient, late = (decisions(points, patience=p, min_points=m)[-1] for p, m in ((3, 4), (9, 4), (3, 30)))
-    assert eager.confirmed_at < patient.confirmed_at
-    assert late.confirmed_at == 30 * EVERY
+    eager, late = (decisions(points, min_points=count)[-1] for count in (MIN_POINTS, 30))
+    assert eager.confirmed_at < late.confirmed_at == 30 * EVERY
+    assert all(decision.knee_step is None for decision in decisions(points)[: MIN_POINTS - 1])
 
 
 def test_bad_use_is_refused():
     with pytest.raises(ValueError, match=r"knee\.metrics"):
-        KneeDetector({}, patience=4, min_points=4)
-    detector = KneeDetector({"m": True}, patience=4, min_points=4)
+        KneeDetector({})
+    detector = KneeDetector({"m": True})
     detector.update(10, {"m": 1.0})
     with pytest.raises(ValueError, match="ascending steps"):
         detector.update(10, {"m": 1.0})
