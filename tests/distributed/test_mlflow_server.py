@@ -108,7 +108,7 @@ def test_a_pipeline_is_tracked_registered_promoted_and_fetched_through_a_server(
     with tracker.start_pipeline("quick", params={"seed": 0}) as pipeline, tracker.stage_run(pipeline.run_id, "pretrain") as stage:
         for point in points:
             stage.log_metrics(point["step"], {"psnr_y": point["psnr_y"]})
-        stage.log_knee(knee_step=1, reason="because", history=points)
+        stage.log_knee(knee_step=1, decision={"state": "confirmed", "reason": "because"}, history=points)
         bundle = _bundle(tmp_path)
         numbers = Evaluation(protocol={"name": "quickstart"}, test_set="t", rows={"one_step": {"psnr_y": 25.0}})
         assert register(tracker.client, bundle, name="quick", evaluation=numbers, run_id=stage.run_id) == 1

@@ -7,11 +7,13 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
+from linearsr.guard import Trip
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.failures import explain
 from linearsr_platform.cluster.session import package_folders
+from linearsr_platform.cluster.worker import checkpoint_name, parse_checkpoint_name
 from linearsr_platform.errors import UserError
 
 pytestmark = pytest.mark.ray
@@ -45,6 +47,28 @@ def test_two_workers_train_and_a_second_call_starts_nothing(cluster, tmp_path: P
     assert again == outcome
     assert events[-1].kind == "end"
     board.close()
+
+
+def test_a_trip_of_the_guard_reaches_the_driver_and_training_goes_on_from_a_checkpoint_of_its_own(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    job = toy_job(tmp_path, "guarded", task="PoisonedToyTask", workers=2, max_steps=40, checkpoint_every=20)
+    board, events = ProgressBoard.start(), []
+    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["guarded"]
+    board.close()
+
+    assert not isinstance(outcome, TrainerFailure), outcome
+    (event,) = [event for event in events if event.kind == "trip"]
+    trip = Trip(**event.detail)
+    assert (event.step, trip.step, trip.statistic, trip.rolled_back_to) == (20, 27, "loss", 20)
+    assert outcome.trips == [event.detail]
+    assert [event.step for event in events if event.kind == "checkpoint"] == [20, 20, 40]
+    assert outcome.steps == 40
+
+
+def test_names_of_checkpoints_are_read_back_and_never_come_twice() -> None:
+    assert [parse_checkpoint_name(checkpoint_name(*one)) for one in ((120, 0), (120, 3))] == [(120, 0), (120, 3)]
+    assert checkpoint_name(120, 0) == "step_00000120"
 
 
 def test_a_trainer_that_can_never_start_is_refused_with_the_arithmetic(cluster, tmp_path: Path) -> None:

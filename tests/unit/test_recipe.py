@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings, strategies
 
+from linearsr.guard import GuardConfig
 from linearsr_platform.errors import RecipeErrors
 from linearsr_platform.recipe.document import parse_document
 from linearsr_platform.recipe.identity import stable_hash
@@ -192,6 +193,16 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
 )
 def test_impossible_combinations_are_refused_at_the_key_to_blame(write, overrides, key):
     assert [problem.key for problem in problems_of(write(MINIMAL), None, overrides)] == [key]
+
+
+def test_the_guard_is_on_unless_told_otherwise_and_its_mistakes_are_named(write):
+    recipe = write(MINIMAL)
+    assert load_recipe(recipe).recipe.pretrain.guard == GuardConfig()
+    assert load_recipe(recipe, None, ["pretrain.guard.lr_cut=0.25"]).recipe.pretrain.guard == GuardConfig(lr_cut=0.25)
+    found = {problem.key: problem for problem in problems_of(recipe, None, ["finetune.train.guard={lr_cut: 0.0, max_rollback: 2}"])}
+    assert found["finetune.train.guard.max_rollback"].fix == "did you mean finetune.train.guard.max_rollbacks?"
+    found = {problem.key: problem for problem in problems_of(recipe, None, ["finetune.train.guard.window=2", "pretrain.guard.strikes=3.5"])}
+    assert set(found) == {"finetune.train.guard.window", "pretrain.guard.strikes"}
 
 
 def test_a_rule_is_silent_while_a_setting_it_reads_is_wrong(write):

@@ -1,10 +1,11 @@
 """The loop on a toy network with the real engine: it learns, stops, resumes exactly, and keeps the right weights."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from linearsr.guard import GuardConfig, Trip
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
 from linearsr_platform.recipe.schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
@@ -22,9 +24,9 @@ from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.loop import run_training
 from linearsr_platform.train.outcome import TrainOutcome
 from linearsr_platform.train.processes import join_group
+from linearsr_platform.train.recovery import TrainingDiverged
 from linearsr_platform.train.schedule import learning_rate
 from linearsr_platform.train.snapshots import Snapshots
-from linearsr_platform.train.window import TrainingDiverged
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
 HELD_BACK = torch.randn(4, 3, generator=torch.Generator().manual_seed(99))
@@ -85,6 +87,7 @@ class Recorder:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     validations: list[int] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
+    trips: list[Trip] = field(default_factory=list)
 
     def on_metrics(self, step, values) -> None:
         self.metrics[step] = dict(values)
@@ -92,15 +95,19 @@ class Recorder:
     def on_validation(self, step, values, decision) -> None:
         self.validations.append(step)
 
+    def on_trip(self, step, trip) -> None:
+        self.trips.append(trip)
+
     def on_checkpoint(self, step, folder, values) -> None:
         self.checkpoints.append(step)
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
         shutil.move(folder, self.folder / str(step))
 
 
 def config(*, stage: int = 2, knee: KneeConfig | None = None, **settings) -> TrainConfig:
     defaults = {"max_steps": 12, "batch_size": 8, "lr": 0.02, "clip_norm": 1.0, "ema_decay": 0.9, "log_every": 2}
     every = {"validate_every": 4, "checkpoint_every": 5}
-    knee = knee or KneeConfig(metrics=("psnr_y", "gmsd"), patience=50)
+    knee = knee or KneeConfig(metrics=("psnr_y", "gmsd"))
     return TrainConfig(**{**defaults, **every, "zero": ZeroConfig(stage=stage), "knee": knee, **settings})
 
 
@@ -109,7 +116,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run the loop on a fresh engine; returns the outcome and what was reported."""
     monkeypatch.setenv("LOCAL_RANK", "0")
 
-    def run(train: TrainConfig, name: str, *, task: ToyTask | None = None, resume=None, init=None, poison=None, clock=None):
+    def run(train: TrainConfig, name: str, *, task: ToyTask | None = None, resume=None, init=None, poison=None, batches=None, clock=None):
         recorder = Recorder(tmp_path / name / "checkpoints")
         recorder.folder.mkdir(parents=True, exist_ok=True)
         job = TrainJob(
@@ -124,7 +131,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         )
         engine = DeepSpeedEngine(task or ToyTask(), train, seed=1, init_weights=init)
         validation = [{"x": HELD_BACK, "y": HELD_BACK @ TRUTH.T}]
-        batches = ToyBatches(train.micro_batch_size, poison)
+        batches = batches or ToyBatches(train.micro_batch_size, poison)
         timing = {} if clock is None else {"clock": clock}
         try:
             return run_training(engine, batches, validation, job, recorder, resume=resume, **timing), recorder
@@ -132,6 +139,15 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             engine.close()
 
     return run
+
+
+def written(folder: Path) -> TrainOutcome:
+    return TrainOutcome.from_json(storage.read_json(str(folder / "outcome.json")))
+
+
+def outcome_as_read(outcome: TrainOutcome) -> TrainOutcome:
+    """Return the outcome after its way through JSON, where tuples are lists."""
+    return TrainOutcome.from_json(json.loads(json.dumps(outcome.to_json())))
 
 
 def test_rate_warms_up_to_the_peak_and_falls_to_zero() -> None:
@@ -177,7 +193,7 @@ def test_stages_and_accumulation_train_the_same_network(train) -> None:
 
 def test_training_stops_at_a_confirmed_knee_and_hands_on_its_weights(train, tmp_path: Path) -> None:
     curve = (10.0, 20.0, 26.0, 28.0, 28.5, *(28.4 - 0.1 * i for i in range(30)))
-    knee = KneeConfig(metrics=("psnr_y",), patience=3, min_points=4)
+    knee = KneeConfig(metrics=("psnr_y",))
     outcome, recorder = train(config(max_steps=60, validate_every=2, knee=knee), "knee", task=ToyTask(curve))
     assert outcome.stopped_by == "knee"
     assert outcome.steps < 60
@@ -187,7 +203,7 @@ def test_training_stops_at_a_confirmed_knee_and_hands_on_its_weights(train, tmp_
     assert storage.exists(outcome.knee_weights)
     assert recorder.validations == list(range(0, outcome.steps + 1, 2))
     assert recorder.checkpoints[-1] == outcome.steps
-    assert TrainOutcome.from_json(storage.read_json(str(tmp_path / "knee" / "outcome.json"))) == outcome
+    assert written(tmp_path / "knee") == outcome_as_read(outcome)
 
     only_recorded, _ = train(
         config(max_steps=60, validate_every=2, knee=knee.model_copy(update={"stop": False})), "on", task=ToyTask(curve)
@@ -203,22 +219,23 @@ def test_snapshots_stay_where_the_knee_may_be(tmp_path: Path) -> None:
     def kept() -> list[int]:
         return [int(storage.name_of(file)[5:13]) for file in storage.list_files(str(tmp_path))]
 
-    for step in range(0, 60, 10):
+    for step in range(0, 200, 10):
         snapshots.write(step, {"weight": torch.ones(1)})
-        snapshots.prune(candidate=step)
-    assert kept() == [20, 30, 40, 50]
-    for step in range(60, 200, 10):
-        snapshots.write(step, {"weight": torch.ones(1)})
-        snapshots.prune(candidate=40)
+        snapshots.prune([40, step] if step >= 40 else [step])
     first, *between, last = kept()
-    assert (first, last) == (40, 190)
+    assert (40 in (first, *between), last) == (True, 190)
     assert max(later - earlier for earlier, later in pairwise(kept())) <= 80
+    # Candidates go last, and among them the least likely first.
+    snapshots.write(200, {"weight": torch.ones(1)})
+    snapshots.prune([40, 200, 190, *between])
+    assert {40, 190, 200} <= set(kept())
     assert snapshots.nearest(42) == 40
-    assert Snapshots(str(tmp_path), 4, last_step=between[0]).nearest(190) == between[0]
+    earlier = kept()[1]
+    assert Snapshots(str(tmp_path), 4, last_step=earlier).nearest(190) == earlier
 
 
 def test_number_of_snapshots_is_bounded(train, tmp_path: Path) -> None:
-    knee = KneeConfig(metrics=("psnr_y",), patience=50, keep=3)
+    knee = KneeConfig(metrics=("psnr_y",), keep=3)
     outcome, _ = train(config(max_steps=10, validate_every=1, knee=knee), "bounded")
     assert len(storage.list_files(str(tmp_path / "bounded" / "snapshots"))) == 3
     assert storage.exists(outcome.knee_weights)
@@ -245,10 +262,102 @@ def test_seconds_end_a_run_and_earlier_attempts_count(train) -> None:
 
 
 def test_divergence_names_the_step_and_leaves_no_checkpoint_of_it(train, tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged, match=r"train step 4: got loss nan .*fix: lower train\.lr"):
-        train(config(checkpoint_every=2, log_every=50), "diverged", poison=4)
+    unguarded = config(checkpoint_every=2, log_every=50, guard=GuardConfig(enabled=False))
+    with pytest.raises(TrainingDiverged, match=r"train step 4: got loss nan; expected a finite number; fix: lower train\.lr"):
+        train(unguarded, "diverged", poison=4)
     assert [path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()] == ["2"]
     assert not (tmp_path / "diverged" / "outcome.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")]
+)
+def test_captured_state_comes_back_to_the_bit(monkeypatch, stage: int, precision: str) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    engine = DeepSpeedEngine(ToyTask(), config(stage=stage, precision=precision), seed=1)
+    batches, generator = list(islice(ToyBatches(8), 6)), engine.generator.get_state()
+
+    def losses() -> list[float]:
+        engine.generator.set_state(generator)
+        return [engine.train_step([batch], 0.05).loss.item() for batch in batches]
+
+    fresh = engine.capture()
+    first = losses()
+    later = engine.capture()
+    second = losses()
+    engine.restore(fresh)
+    assert losses() == first
+    engine.restore(later)
+    assert losses() == second
+    engine.train_step([{**batches[0], "y": batches[0]["y"] * float("nan")}], 0.05)
+    engine.restore(later)
+    assert losses() == second
+    assert second != first
+    engine.close()
+
+
+def test_a_nan_takes_training_back_and_it_goes_on_with_other_data(train, tmp_path: Path) -> None:
+    settings = config(max_steps=40, checkpoint_every=20, validate_every=10, log_every=5)
+    outcome, recorder = train(settings, "poisoned", poison=27)
+    (trip,) = recorder.trips
+    assert (trip.step, trip.detected_at, trip.statistic, trip.value) == (27, 30, "loss", "nan")
+    assert (trip.action, trip.rolled_back_to, trip.lr_scale, trip.number) == ("rolled back", 20, 0.5, 1)
+    assert trip.layer is not None
+    assert outcome.trips == [trip.to_json()]
+    assert [point["step"] for point in outcome.history] == [0, 10, 20, 30, 40]
+    assert recorder.checkpoints == [20, 20, 40]
+    assert recorder.metrics[25]["lr"] == pytest.approx((0.5 + 0.5 * 4 / 50) * 0.02)
+    assert outcome.history[-1]["gmsd"] < outcome.history[2]["gmsd"]
+    assert written(tmp_path / "poisoned") == outcome_as_read(outcome)
+    resumed, after = train(settings, "poisoned-on", resume=recorder.folder / "20")
+    assert resumed.trips == outcome.trips
+    assert after.metrics[25] == recorder.metrics[25] | {name: after.metrics[25][name] for name in ("samples_per_s", "seconds")}
+    assert storage.read_bytes(resumed.last_weights) == storage.read_bytes(outcome.last_weights)
+
+
+def test_snapshots_of_undone_steps_go(train, tmp_path: Path) -> None:
+    settings = config(max_steps=40, checkpoint_every=20, validate_every=5, log_every=5)
+    train(settings, "undone", poison=38)
+    files = storage.list_files(str(tmp_path / "undone" / "snapshots"))
+    assert [int(storage.name_of(file)[5:13]) for file in files] == list(range(0, 41, 5))
+
+
+def test_a_fault_that_stays_ends_training_and_names_the_layer(train, tmp_path: Path) -> None:
+    class Broken(ToyTask):
+        def loss(self, module, batch, generator):
+            if batch["number"][0] > 25:
+                module[2].weight.register_hook(lambda gradient: gradient * float("nan"))
+            return super().loss(module, batch, generator)
+
+    class Numbered(ToyBatches):
+        def __next__(self):
+            batch = super().__next__()
+            return {**batch, "number": torch.full((self.size,), self.number)}
+
+    monkeypatched = config(max_steps=60, checkpoint_every=20, log_every=5, guard=GuardConfig(max_rollbacks=2))
+    with pytest.raises(
+        TrainingDiverged, match=r"trip 3 of the guard in a row; .*at most 2 rollbacks .*first seen bad: gradient of 2\.weight on worker 0"
+    ):
+        train(monkeypatched, "lasting", task=Broken(), batches=Numbered(8))
+    assert not (tmp_path / "lasting" / "outcome.json").exists()
+
+
+def test_a_metric_that_is_not_finite_takes_training_back(train) -> None:
+    curve = iter((10.0, 11.0, 12.0, float("inf"), *(13.0 + i for i in range(30))))
+    outcome, recorder = train(config(max_steps=12, validate_every=4, checkpoint_every=4), "metric", task=ToyTask(tuple(curve)))
+    (trip,) = recorder.trips
+    assert (trip.step, trip.statistic, trip.rolled_back_to) == (12, "validation psnr_y", 0)
+    assert [point["psnr_y"] for point in outcome.history] == [10.0, 13.0, 14.0, 15.0]
+
+
+def test_a_checkpoint_from_before_the_guard_still_loads(train) -> None:
+    settings = config()
+    outcome, recorder = train(settings, "old")
+    document = recorder.folder / "5" / "rank_0.json"
+    state = json.loads(document.read_text())
+    assert state.pop("trips") == []
+    document.write_text(json.dumps(state))
+    assert train(settings, "new", resume=recorder.folder / "5")[0].history == outcome.history
 
 
 def test_next_stage_starts_from_the_weights_it_is_given(train, tmp_path: Path) -> None:

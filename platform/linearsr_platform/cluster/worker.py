@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from traceback import format_exception
 from types import TracebackType
@@ -14,6 +13,7 @@ import ray
 import ray.train
 import torch
 
+from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.data.reader import CropReader, read_images
@@ -66,13 +66,13 @@ def _train(job: TrainJob, board: ProgressBoard) -> None:
     )
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
-    observer = BoardObserver(board, job.name)
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
-        resume, step = None, 0
+        resume, step, trips = None, 0, 0
         if checkpoint is not None:
             resume = Path(stack.enter_context(checkpoint.as_directory()))
-            step = int(PurePosixPath(checkpoint.path).name.removeprefix(CHECKPOINT_PREFIX))
+            step, trips = parse_checkpoint_name(PurePosixPath(checkpoint.path).name)
+        observer = BoardObserver(board, job.name, trips)
         observer.on_start(step)
         run_training(engine, cast("BatchSource", batches), validation, job, observer, resume=resume)
 
@@ -89,13 +89,28 @@ def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[st
     return [{name: torch.from_numpy(np.stack([example[name] for example in chunk])) for name in chunk[0]} for chunk in chunks]
 
 
+def checkpoint_name(step: int, trips: int) -> str:
+    """Return the name of a checkpoint: its step, and how often the guard had tripped.
+
+    After a rollback a step comes again, and Ray Train must not take its new checkpoint for the old one, which it deletes in time.
+    """
+    return f"{CHECKPOINT_PREFIX}{step:08d}" + (f"-{trips}" if trips else "")
+
+
+def parse_checkpoint_name(name: str) -> tuple[int, int]:
+    """Return step and trips from what `checkpoint_name` made."""
+    step, _, trips = name.removeprefix(CHECKPOINT_PREFIX).partition("-")
+    return int(step), int(trips or 0)
+
+
 class BoardObserver:
     """Tells the board what happens, and hands checkpoints to Ray Train."""
 
-    def __init__(self, board: ProgressBoard, source: str) -> None:
-        """Speak for one worker of the job `source`."""
+    def __init__(self, board: ProgressBoard, source: str, trips: int) -> None:
+        """Speak for one worker of the job `source`, whose guard has tripped `trips` times before."""
         self._board = board
         self._source = source
+        self._trips = trips
         self._leads = ray.train.get_context().get_world_rank() == 0
 
     def on_start(self, step: int) -> None:
@@ -109,7 +124,13 @@ class BoardObserver:
 
     def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
         """Pass on a validation and what the knee detector made of it."""
-        self._board.push(self._source, "validation", step, values, asdict(decision))
+        self._board.push(self._source, "validation", step, values, decision.to_json())
+
+    def on_trip(self, step: int, trip: Trip) -> None:
+        """Pass on a trip of the guard."""
+        self._trips += 1
+        if self._leads:
+            self._board.push(self._source, "trip", step, {}, trip.to_json())
 
     def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
         """Store this worker's share and return when the run would resume from it.
@@ -121,7 +142,7 @@ class BoardObserver:
         ray.train.report(
             {"step": step, **values},
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"{CHECKPOINT_PREFIX}{step:08d}",
+            checkpoint_dir_name=checkpoint_name(step, self._trips),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
             delete_local_checkpoint_after_upload=True,
         )

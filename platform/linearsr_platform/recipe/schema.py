@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from linearsr.config import (
     BACKBONES,
+    MIN_POINTS,
     AugmentationConfig,
     BackboneConfig,
     CodecConfig,
@@ -17,6 +18,7 @@ from linearsr.config import (
     FlowConfig,
     SamplerConfig,
 )
+from linearsr.guard import GuardConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -104,14 +106,14 @@ class KneeConfig(Section):
 
     metrics: tuple[str, ...] = ("psnr_y", "ssim_y", "gmsd")
     """Validation metrics that vote."""
-    patience: Count = 4
-    """Validation points past the knee without a gain before it is confirmed."""
-    min_points: Count = 4
+    patience: Count | None = None
+    """Validation points on a plateau that end the stage although nothing got worse; unset waits until it does, or for `max_steps`."""
+    min_points: Annotated[int, Field(ge=MIN_POINTS)] = MIN_POINTS
     """Validation points before any confirmation."""
     keep: Annotated[int, Field(ge=2)] = 24
     """EMA snapshots kept as candidates."""
     stop: bool = True
-    """End the stage once the knee is confirmed; otherwise only record it."""
+    """End the stage once the knee is confirmed or training diverges; otherwise only record it."""
 
 
 class TrainConfig(Section):
@@ -154,6 +156,8 @@ class TrainConfig(Section):
     crops_per_image: Count = 8
     """Crops taken from an image each time it is read."""
     knee: KneeConfig = KneeConfig()
+    guard: GuardConfig = GuardConfig()
+    """When training goes back to its last good state; off in no recipe of ours."""
 
     @property
     def micro_batch_size(self) -> int:

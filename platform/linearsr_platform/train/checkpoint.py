@@ -8,9 +8,11 @@ Layout of the folder, in which the shares of all workers come together:
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from linearsr.guard import Trip
 from linearsr_platform.errors import StageError
 from linearsr_platform.train.ema import ExponentialAverage
 from linearsr_platform.train.processes import rank, world_size
@@ -34,6 +36,8 @@ class LoopState:
     """Every validation: `step` and its metrics."""
     batches: dict[str, object] = field(default_factory=dict)
     """This worker's place in the data."""
+    trips: list[Trip] = field(default_factory=list)
+    """Every trip of the guard so far, those of rolled-back steps too."""
 
 
 def save_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage, state: LoopState) -> None:
@@ -63,4 +67,9 @@ def load_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage) -
     tensors = load_file(folder / f"rank_{rank()}.safetensors")
     engine.generator.set_state(tensors.pop(GENERATOR))
     average.restore([tensors[name] for name in sorted(tensors)])
-    return LoopState(**document)
+    return _state(document)
+
+
+def _state(document: dict[str, Any]) -> LoopState:
+    """Build the loop's state; a checkpoint from before there was a guard has no trips."""
+    return LoopState(**{**document, "trips": [Trip(**trip) for trip in document.get("trips", [])]})

@@ -1,6 +1,6 @@
 """The engine: one network under DeepSpeed, sharded over the workers of the process group by ZeRO."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import deepspeed
@@ -11,13 +11,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from linearsr.attention import LinearAttention
+from linearsr.probes import AttentionProbe
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
 from linearsr_platform.recipe.schema import TrainConfig
 from linearsr_platform.train import sharding
 from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_config
+from linearsr_platform.train.examination import Journal
 from linearsr_platform.train.processes import join_group, rank, world_size
-from linearsr_platform.train.protocols import Batch, StepResult, Task
+from linearsr_platform.train.protocols import Batch, Sighting, StepResult, Task
 
 CHECKPOINT_TAG = "engine"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -71,24 +74,55 @@ class DeepSpeedEngine:
         # Torch's fused AdamW is as fast on CPU as DeepSpeed's own, which compiles C++ first. Its lr is set before every step.
         optimizer = torch.optim.AdamW(self._parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self._network = module.network
+        self._attentions = {name: part for name, part in module.network.named_modules() if isinstance(part, LinearAttention)}
+        self.attentions = tuple(self._attentions)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, num_parameters), dist_init_required=False
         )
 
-    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
-        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`."""
+    def train_step(self, batches: Iterable[Batch], lr: float, *, probe: bool = False, loss_limit: float | None = None) -> StepResult:
+        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`; see the protocol."""
+        return self._step(batches, lr, probe=probe, loss_limit=loss_limit, before_backward=lambda: None)
+
+    def _step(
+        self, batches: Iterable[Batch], lr: float, *, probe: bool, loss_limit: float | None, before_backward: Callable[[], None]
+    ) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        probes = self._hang_probes() if probe else []
         losses, scalars = [], []
         for batch in batches:
             loss, logged = self._engine(self._moved(batch))
-            self._engine.backward(loss)
+            before_backward()
+            # Times 0 rather than left out: the other workers wait for this one's share of the gradient.
+            self._engine.backward(loss if loss_limit is None else loss * (loss.detach() <= loss_limit))
             grad_norm = self._clip()
             self._engine.step()
             losses.append(loss.detach())
             scalars.append(logged)
         means = {name: torch.stack([logged[name] for logged in scalars]).mean() for name in scalars[0]}
-        return StepResult(torch.stack(losses).mean(), means, self._engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+        stacked = torch.stack(losses)
+        return StepResult(
+            stacked.mean(),
+            means,
+            self._engine.get_global_grad_norm() if grad_norm is None else grad_norm,
+            screened=None if loss_limit is None else (stacked > loss_limit).sum(),
+            attention=self._take_probes(probes),
+        )
+
+    def examine(self, batches: Iterable[Batch]) -> tuple[StepResult, list[Sighting]]:
+        """Take a step while looking at every part of the network; see the protocol."""
+        with Journal(self._network) as journal:
+            result = self._step(batches, 0.0, probe=False, loss_limit=None, before_backward=journal.watch_gradients)
+        return result, journal.sightings()
+
+    def capture(self) -> sharding.Shares:
+        """Copy this worker's weights and moments to host memory."""
+        return sharding.capture(self._engine.optimizer, self._stage)
+
+    def restore(self, captured: sharding.Shares) -> None:
+        """Set weights and moments to what `capture` returned on each worker."""
+        sharding.restore(self._engine.optimizer, self._stage, captured)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -131,6 +165,18 @@ class DeepSpeedEngine:
 
     def _moved(self, batch: Batch) -> Batch:
         return {name: value.to(self._engine.device, non_blocking=True) for name, value in batch.items()}
+
+    def _hang_probes(self) -> list[AttentionProbe]:
+        probes = []
+        for attention in self._attentions.values():
+            attention.probe = AttentionProbe()
+            probes.append(attention.probe)
+        return probes
+
+    def _take_probes(self, probes: list[AttentionProbe]) -> Tensor | None:
+        for attention in self._attentions.values():
+            attention.probe = None
+        return torch.stack([probe.reading() for probe in probes]) if probes else None
 
     def _clip(self) -> Tensor | None:
         """Clip where DeepSpeed keeps the norm to itself, once all micro-batches are in; returns the norm there."""

@@ -5,11 +5,11 @@ Every worker runs it. All of them take the same branches, because every decision
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from time import monotonic
 
+from linearsr.guard import Fault
 from linearsr.knee import KneeDecision, KneeDetector
 from linearsr.metric_table import metric_spec
 from linearsr_platform import storage
@@ -19,6 +19,7 @@ from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import StopReason, TrainOutcome
 from linearsr_platform.train.processes import rank
 from linearsr_platform.train.protocols import Batch, BatchSource, Engine, Observer
+from linearsr_platform.train.recovery import Recovery, diverged, gave_up
 from linearsr_platform.train.schedule import learning_rate
 from linearsr_platform.train.snapshots import Snapshots
 from linearsr_platform.train.validation import validate
@@ -56,15 +57,18 @@ def run_training(
 
     Raises:
         ValueError: if there is nothing to validate on.
-        TrainingDiverged: if a loss, gradient or metric is not finite.
+        TrainingDiverged: if the guard has tripped more often in a row than it may, or at all where it is off.
     """
     if not validation:
         raise ValueError(f"job {job.name}: got no validation batches; expected at least one; fix: raise data.validation_px")
     loop = _Loop(engine, batches, validation, job, observer, clock)
     loop.start(resume)
-    while (reason := loop.stop_reason()) is None:
-        loop.step()
-    return loop.finish(reason)
+    while True:
+        while (reason := loop.stop_reason()) is None:
+            loop.step()
+        outcome = loop.finish(reason)
+        if outcome is not None:
+            return outcome
 
 
 class _Loop:
@@ -84,15 +88,20 @@ class _Loop:
         self._config = job.train
         self._outcome_url = storage.join(job.output_url, OUTCOME_FILE)
         self._average = ExponentialAverage(engine, job.train.ema_decay)
-        self._window = MetricWindow()
+        self._window = MetricWindow(engine.attentions)
+        self._recovery = Recovery(engine, self._average, job.train)
         self._state = LoopState()
-        knee = job.train.knee
-        orientations = {name: metric_spec(name).higher_is_better for name in knee.metrics}
-        self._detector = KneeDetector(orientations, patience=knee.patience, min_points=knee.min_points)
-        self._decision: KneeDecision
         self._snapshots: Snapshots
         self._metrics: dict[str, float] = {}
         self._saved_step: int | None = None
+        self._watch_anew()
+
+    def _watch_anew(self) -> None:
+        """Start with a detector that has seen nothing."""
+        knee = self._config.knee
+        orientations = {name: metric_spec(name).higher_is_better for name in knee.metrics}
+        self._detector = KneeDetector(orientations, patience=knee.patience, min_points=knee.min_points)
+        self._decision: KneeDecision
 
     def start(self, resume: Path | None) -> None:
         """Restore a checkpoint, or take the baseline validation of a fresh run."""
@@ -108,13 +117,15 @@ class _Loop:
         self._snapshots = Snapshots(url, self._config.knee.keep, last_step=None if resume is None else self._state.step)
         for point in self._state.history:
             self._decide(point)
-        if not self._state.history:
-            self._validate()
+        if not self._state.history and (fault := self._validate()) is not None:
+            # Before the first step there is nothing to go back to.
+            raise diverged(fault)
+        self._recovery.remember(self._state)
         self._mark = self._clock()
 
     def stop_reason(self) -> StopReason | None:
         """Say whether and why training is over."""
-        if self._config.knee.stop and self._decision.state == "confirmed":
+        if self._config.knee.stop and self._decision.final:
             return "knee"
         if self._state.step >= self._config.max_steps:
             return "max_steps"
@@ -123,75 +134,110 @@ class _Loop:
         return None
 
     def step(self) -> None:
-        """Move the weights once, and log, validate and checkpoint where it is due."""
-        config, state = self._config, self._state
-        result = self._engine.train_step(islice(self._batches, config.accumulation), learning_rate(state.step, config))
+        """Move the weights once, and log, validate and checkpoint where it is due; go back if something is wrong."""
+        config, state, recovery = self._config, self._state, self._recovery
+        batches = list(islice(self._batches, config.accumulation))
+        recovery.record(state.step + 1, batches)
+        # Looking into the attentions costs, so it is done in the first step of a window only.
+        probe = config.guard.enabled and len(self._window) == 0
+        result = self._engine.train_step(batches, self._lr(state.step), probe=probe, loss_limit=recovery.loss_limit(state))
         state.step += 1
         self._average.update(state.step)
         self._window.add(result)
         validation_due = state.step % config.validate_every == 0
         checkpoint_due = state.step % config.checkpoint_every == 0
         # What was not logged is not checked either, and neither snapshot nor checkpoint may hold a diverged network.
+        fault: Fault | None = None
         if state.step % config.log_every == 0 or validation_due or checkpoint_due or state.step == config.max_steps:
-            self._log()
-        if validation_due:
-            self._validate()
-        if checkpoint_due:
+            fault = self._log()
+        if fault is None and validation_due:
+            fault = self._validate()
+        if fault is not None:
+            self._recover(fault)
+        elif checkpoint_due:
+            recovery.remember(state)
             self._checkpoint()
 
-    def finish(self, reason: StopReason) -> TrainOutcome:
-        """Validate and save the last weights if that has not happened, and write the outcome."""
+    def finish(self, reason: StopReason) -> TrainOutcome | None:
+        """Validate and save the last weights if that has not happened, and write the outcome; None if training had to go back."""
         state = self._state
-        if state.history[-1]["step"] != state.step:
-            self._validate()
+        if state.history[-1]["step"] != state.step and (fault := self._validate()) is not None:
+            self._recover(fault)
+            return None
         if self._saved_step != state.step:
             self._checkpoint()
-        decision = self._detector.conclude()
-        knee_step = None if decision.knee_step is None else self._snapshots.nearest(decision.knee_step)
+        best = self._detector.best_step()
+        knee_step = None if best is None else self._snapshots.nearest(best)
         outcome = TrainOutcome(
             steps=state.step,
             stopped_by=reason,
             knee_step=knee_step,
             knee_weights=self._snapshots.url(state.step if knee_step is None else knee_step),
             last_weights=self._snapshots.url(state.step),
-            decision=asdict(decision),
+            decision=self._detector.conclude().to_json(),
             history=state.history,
             seconds=self._clock() - self._started,
             samples_per_s=state.step * self._config.batch_size / max(state.train_seconds, 1e-9),
+            trips=[trip.to_json() for trip in state.trips],
         )
         if rank() == 0:
             storage.write_json(self._outcome_url, outcome.to_json())
         return outcome
 
-    def _log(self) -> None:
+    def _lr(self, step: int) -> float:
+        return learning_rate(step, self._config) * self._recovery.lr_scale(self._state, step)
+
+    def _log(self) -> Fault | None:
         state, steps = self._state, len(self._window)
-        values, state.seconds = self._window.flush(state.step, self._clock() - self._started)
+        flushed = self._window.flush(state.step, self._clock() - self._started)
+        state.seconds = flushed.seconds
         now = self._clock()
         state.train_seconds += now - self._mark
+        fault = self._recovery.check_steps(flushed.steps, flushed.attention_step, flushed.attention)
+        if fault is not None:
+            return fault
         self._metrics = {
-            **values,
-            "lr": learning_rate(state.step - 1, self._config),
+            **flushed.values,
+            "lr": self._lr(state.step - 1),
             "samples_per_s": steps * self._config.batch_size / max(now - self._mark, 1e-9),
             "seconds": state.seconds,
         }
         self._mark = now
         if rank() == 0:
             self._observer.on_metrics(state.step, self._metrics)
+        return None
 
-    def _validate(self) -> None:
+    def _validate(self) -> Fault | None:
         step = self._state.step
         with self._average.swapped():
-            values = validate(self._engine, self._validation, step)
+            values = validate(self._engine, self._validation)
             weights = self._engine.full_weights()
+        fault = self._recovery.check_validation(step, values, weights)
+        if fault is not None:
+            return fault
         self._snapshots.write(step, weights)
         point = {"step": step, **values}
         self._state.history.append(point)
         self._decide(point)
-        candidate = self._detector.conclude().knee_step
-        self._snapshots.prune(step if candidate is None else candidate)
+        self._snapshots.prune(self._detector.candidates(self._config.knee.keep))
         if rank() == 0:
             self._observer.on_validation(step, values, self._decision)
         self._mark = self._clock()
+        return None
+
+    def _recover(self, fault: Fault) -> None:
+        """Go back to the last good state, or end training if that was tried often enough."""
+        state = self._state
+        trip = self._recovery.recover(fault, state)
+        self._observer.on_trip(state.step, trip)
+        if trip.action == "stopped":
+            raise gave_up(state.trips)
+        self._snapshots.drop_after(state.step)
+        self._watch_anew()
+        for point in state.history:
+            self._decide(point)
+        # A worker that dies now must come back to here and not to what was undone.
+        self._checkpoint()
 
     def _decide(self, point: dict[str, float]) -> None:
         self._decision = self._detector.update(int(point["step"]), {name: point[name] for name in self._config.knee.metrics})

@@ -1,6 +1,6 @@
 """What a finished trainer came to. Imports no torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 StopReason = Literal["knee", "max_steps", "max_seconds"]
@@ -14,7 +14,8 @@ class TrainOutcome:
     """Optimizer steps taken."""
     stopped_by: StopReason
     knee_step: int | None
-    """Step of `knee_weights`: the knee, or the kept snapshot nearest to it; None if there is none, the weights are then the last."""
+    """Step of `knee_weights`: the knee, or where none was confirmed the earliest validation within noise of the best, or the kept
+    snapshot nearest to it; None if there is none, the weights are then the last."""
     knee_weights: str
     """URL of the averaged weights that the next stage starts from."""
     last_weights: str
@@ -26,7 +27,9 @@ class TrainOutcome:
     seconds: float
     """Wall-clock time in the loop, over all restarts."""
     samples_per_s: float
-    """Training crops a second over all workers, validations and checkpoints not counted."""
+    """Training crops a second over all workers, validations, checkpoints and rolled-back steps not counted."""
+    trips: list[dict[str, Any]] = field(default_factory=list)
+    """Trips of the guard that training recovered from, each a `linearsr.guard.Trip`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -40,6 +43,6 @@ class TrainOutcome:
             ValueError: if fields are missing or unknown.
         """
         names = set(cls.__dataclass_fields__)
-        if not isinstance(value, dict) or set(value) != names:
+        if not isinstance(value, dict) or {*value, "trips"} != names:
             raise ValueError(f"outcome: got {value!r:.200}; expected an object with {sorted(names)}")
         return cls(**value)

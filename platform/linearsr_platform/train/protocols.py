@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 
 Batch = dict[str, Tensor]
@@ -67,6 +68,21 @@ class StepResult:
     """Means of what the task logs, detached."""
     grad_norm: Tensor | float
     """Norm of the whole gradient over all workers, before clipping."""
+    screened: Tensor | None = None
+    """Number of its micro-batches that were left out for their loss; None where there was no limit."""
+    attention: Tensor | None = None
+    """(layers, 4) rows of `linearsr.probes.AttentionProbe`, in network order, if they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What one part of the network gave in an examined step on one worker."""
+
+    kind: Literal["output", "normaliser", "gradient"]
+    layer: str
+    """Module or parameter, as the task's network names it."""
+    value: float
+    """Largest absolute value of an output or normaliser, norm of a gradient."""
 
 
 class Engine(Protocol):
@@ -74,9 +90,30 @@ class Engine(Protocol):
 
     generator: torch.Generator
     """Where this worker's training noise comes from."""
+    attentions: tuple[str, ...]
+    """Names of the network's linear attentions, in network order."""
 
-    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
-        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`."""
+    def train_step(self, batches: Iterable[Batch], lr: float, *, probe: bool = False, loss_limit: float | None = None) -> StepResult:
+        """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`.
+
+        Args:
+            batches: of this worker.
+            lr: learning rate.
+            probe: whether to look into the linear attentions.
+            loss_limit: micro-batches whose loss is above it count for nothing; found without waiting for the device.
+        """
+        ...
+
+    def examine(self, batches: Iterable[Batch]) -> tuple[StepResult, list[Sighting]]:
+        """Take a step while looking at every part of the network, in the order of computation. Leaves weights and moments spoilt."""
+        ...
+
+    def capture(self) -> object:
+        """Copy this worker's weights and moments to host memory."""
+        ...
+
+    def restore(self, captured: Any) -> None:
+        """Set weights and moments to what `capture` returned on each worker."""
         ...
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -113,6 +150,10 @@ class Observer(Protocol):
 
     def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
         """Take a validation and what the knee detector made of it. Worker 0 only."""
+        ...
+
+    def on_trip(self, step: int, trip: Trip) -> None:
+        """Take a trip of the guard; `step` is where training goes on from, or where it stopped. Every worker."""
         ...
 
     def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:

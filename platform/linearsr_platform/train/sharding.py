@@ -1,15 +1,25 @@
-"""DeepSpeed's weights behind three functions that mean the same at every ZeRO stage.
+"""DeepSpeed's weights and moments behind functions that mean the same at every ZeRO stage.
 
 Master weights are float32 and each worker owns some: stage 0 all of them (the parameters themselves, or copies of bfloat16 ones), stages 1
 and 2 its share in flat copies, stage 3 its share in flat tensors that the parameters are gathered from.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import zero
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What this worker owns of network and optimizer at one step, in host memory."""
+
+    weights: list[Tensor]
+    moments: list[dict[str, Tensor]]
+    """Of each weight what the optimizer remembers; empty before the first step."""
 
 
 def master_weights(optimizer: Any, stage: int) -> list[Tensor]:
@@ -32,6 +42,29 @@ def publish(optimizer: Any, stage: int) -> None:
 
 
 @torch.no_grad()
+def capture(optimizer: Any, stage: int) -> Shares:
+    """Copy this worker's master weights and optimizer state to host memory."""
+    state, weights = _state(optimizer), master_weights(optimizer, stage)
+    moments = [{name: _to_host(value) for name, value in state.get(weight, {}).items()} for weight in weights]
+    return Shares([_to_host(weight) for weight in weights], moments)
+
+
+@torch.no_grad()
+def restore(optimizer: Any, stage: int, shares: Shares) -> None:
+    """Set weights and optimizer state to what `capture` returned, on all workers. Collective from stage 1 on."""
+    state = _state(optimizer)
+    for weight, kept, moments in zip(master_weights(optimizer, stage), shares.weights, shares.moments, strict=True):
+        weight.copy_(kept)
+        if moments:
+            for name, value in moments.items():
+                state[weight][name].copy_(value)
+        else:
+            # As before the first step: the optimizer makes its state anew then.
+            state.pop(weight, None)
+    publish(optimizer, stage)
+
+
+@torch.no_grad()
 def full_weights(network: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Return the network's state dict with whole parameters in float32, on the CPU. Collective from stage 1 on."""
     masters = {id(parameter): master for parameter, master in _copies(optimizer)}
@@ -42,6 +75,15 @@ def full_weights(network: nn.Module, optimizer: Any) -> dict[str, Tensor]:
             full = _gathered(value)
         weights[name] = full.detach().cpu().clone()
     return weights
+
+
+def _state(optimizer: Any) -> Any:
+    """Return the state of torch's own optimizer, which DeepSpeed's wrap from stage 1 on and for bfloat16; by master weight."""
+    return getattr(optimizer, "optimizer", optimizer).state
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def _copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:

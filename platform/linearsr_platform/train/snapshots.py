@@ -1,5 +1,7 @@
 """Averaged weights of past validations, kept until the knee is known."""
 
+from collections.abc import Sequence
+
 from safetensors.torch import save
 from torch import Tensor
 
@@ -39,26 +41,33 @@ class Snapshots:
         if step not in self._steps:
             self._steps.append(step)
 
-    def prune(self, candidate: int) -> None:
-        """Delete snapshots over the limit, given the step that would be the knee if training ended now.
+    def prune(self, candidates: Sequence[int]) -> None:
+        """Delete snapshots over the limit, given the steps that may still become the knee, the likeliest first.
 
-        The oldest before the candidate go first; when there are none, later ones are thinned, because the knee may still move
-        there. The candidate and the last stay.
+        The others are thinned, then the least likely go; the likeliest and the last stay.
         """
         while len(self._steps) > self._keep:
-            step = self._most_dispensable(candidate)
+            step = self._most_dispensable(candidates)
             if rank() == 0:
                 storage.remove(self.url(step))
             self._steps.remove(step)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the snapshots of steps that were rolled back, those after `step`."""
+        for late in [kept for kept in self._steps if kept > step]:
+            if rank() == 0:
+                storage.remove(self.url(late))
+            self._steps.remove(late)
 
     def nearest(self, step: int) -> int:
         """Return the step of the kept snapshot nearest to `step`, the earlier of two."""
         return min(self._steps, key=lambda kept: (abs(kept - step), kept))
 
-    def _most_dispensable(self, candidate: int) -> int:
-        """Return the first step before the candidate, or else the one whose neighbours are nearest to each other."""
-        steps = self._steps
-        if steps[0] < candidate:
-            return steps[0]
-        gaps = {step: after - before for before, step, after in zip(steps, steps[1:], steps[2:], strict=False) if step != candidate}
+    def _most_dispensable(self, candidates: Sequence[int]) -> int:
+        """Return the step whose neighbours are nearest to each other among those that are no candidate, or else the last candidate."""
+        steps, others = self._steps, set(self._steps[:-1]) - set(candidates)
+        if not others:
+            return next(step for step in reversed(candidates) if step in steps[:-1])
+        before, after = [steps[0], *steps], [*steps[1:], steps[-1]]
+        gaps = {step: late - early for early, step, late in zip(before, steps, after, strict=False) if step in others}
         return min(gaps, key=lambda step: (gaps[step], step))

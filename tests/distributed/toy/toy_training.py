@@ -76,6 +76,19 @@ class ToyTask:
         return {"psnr_y": -10 * error.log10()}
 
 
+class PoisonedToyTask(ToyTask):
+    """The same with one loss that is not a number, at the 27th call in each worker."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self._calls = 0
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator):
+        self._calls += 1
+        loss, logged = super().loss(module, batch, generator)
+        return loss * (float("nan") if self._calls == 27 else 1.0), logged
+
+
 def write_images(folder: Path) -> tuple[str, ...]:
     """Write two shards of two images."""
     rng = np.random.default_rng(0)
@@ -85,14 +98,14 @@ def write_images(folder: Path) -> tuple[str, ...]:
     return tuple(str(folder / f"{shard}.tar") for shard in range(2))
 
 
-def toy_job(folder: Path, name: str, *, pause_s: float = 0.0, init_weights: str | None = None, **train) -> TrainJob:
+def toy_job(folder: Path, name: str, *, pause_s: float = 0.0, task: str = "ToyTask", init_weights: str | None = None, **train) -> TrainJob:
     """Make a job with its data and output below `folder`."""
     settings = {"max_steps": 20, "batch_size": 4, "crop_px": 16, "log_every": 5, "validate_every": 10, "checkpoint_every": 5}
     knee = KneeConfig(metrics=("psnr_y",), stop=False)
     shards = write_images(folder / "data")
     return TrainJob(
         name=name,
-        task="toy_training:ToyTask",
+        task=f"toy_training:{task}",
         task_config=ToyConfig(pause_s),
         train=TrainConfig(**{**settings, "lr": 1e-2, "knee": knee, **train}),
         validation=ValidationConfig(crops=4, crop_px=16, batch_size=2, metrics=("psnr_y",)),
