@@ -51,8 +51,10 @@ check: install ## Lint, formatting, types, import directions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-bench: install ## Benchmarks: what the platform costs over a bare loop
+bench: install ## Benchmarks: what platform and guard cost a step, and the error rates of the knee detector (10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/step_overhead.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/guard_overhead.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/knee/bench.py
 
 clean: ## Remove caches and builds; keep .venv and runs
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
