@@ -244,3 +244,18 @@ def test_display_can_be_forced(monkeypatch):
 
 def test_clock_reads_minutes_and_hours():
     assert [clock_time(seconds) for seconds in (-3.0, 5.4, 75, 3725)] == ["0:00", "0:05", "1:15", "1:02:05"]
+
+
+def test_a_rollback_is_told_and_stays_visible(clock):
+    console = Console(file=io.StringIO(), width=40)
+    with PlainDisplay(console, clock) as plain, LiveDisplay(terminal(), clock) as live:
+        for display in (plain, live):
+            display.stage_started("pretrain")
+            display.trainer_event("pretrain", "start", 0, {}, total_steps=200)
+            clock.now_s += 10
+            display.trainer_event("pretrain", "validation", 100, {"psnr_y": 24.0, "seconds": 10.0}, state="knee@50")
+            display.trainer_event("pretrain", "trip", 40, {})
+        assert row_of(live, "40/200")[-3:] == ["training,", "1", "rollback"]
+        live.trainer_event("pretrain", "trip", 40, {})
+        assert row_of(live, "40/200")[-1] == "rollbacks"
+    assert "pretrain: step 40/200, training, 1 rollback" in console.file.getvalue()

@@ -26,6 +26,7 @@ from linearsr_platform.report.model import (
     SweepPoint,
     TrackingRecord,
     TrainerCurve,
+    TripRow,
 )
 from linearsr_platform.report.strips import PhotoStrip, comparison_strip, contact_sheet, detail_box
 
@@ -273,3 +274,17 @@ def test_numbers_read_well():
     assert [number(value) for value in (24.937, 0.10126, -3.2, None, NAN)] == ["24.94", "0.1013", "\u22123.2000", "\u2013", "\u2013"]
     assert difference(24.94, 24.77) == "+0.17"
     assert [duration(seconds) for seconds in (4.24, 59.6, 65, 7380)] == ["4.2 s", "1 min 00 s", "1 min 05 s", "2 h 03 min"]
+
+
+def test_rollbacks_are_listed_only_if_there_were_any():
+    told = {"seen": "loss nan, expected a finite number", "evidence": "gradient of <head> on worker 1: nan", "action": "back to step 100"}
+    trips = (
+        TripRow(stage="pretrain", trainer="pretrain", step=117, **told),
+        TripRow(stage="finetune", trainer="expert-2", step=30, **told),
+    )
+    html = render_report(report(trips=trips), [])
+    Page(html)
+    assert "Rollbacks" in html
+    assert "gradient of &lt;head&gt; on worker 1: nan" in html
+    assert "finetune expert-2" in html
+    assert "Rollbacks" not in render_report(report(), [])

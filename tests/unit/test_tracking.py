@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from linearsr.config import CodecConfig
+from linearsr.guard import Trip
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.tracking.runs import FLUSH_AFTER_S, Tracker
 from linearsr_platform.tracking.store import check_reachable, default_artifact_root, default_uri
@@ -125,13 +126,35 @@ def test_parameters_are_flat_bounded_and_many(tracker: Tracker) -> None:
 def test_the_knee_its_reason_and_the_curve_are_kept(tracker: Tracker) -> None:
     history = [{"step": 10, "psnr_y": 24.0}, {"step": 20, "psnr_y": 25.0}, {"step": 30, "psnr_y": 24.9}]
     with tracker.start_pipeline("knee") as run, tracker.start_pipeline("no knee") as without:
-        run.log_knee(knee_step=20, reason="psnr_y fell for 1 point", history=history)
-        without.log_knee(knee_step=None, reason="max_steps came first", history=history)
+        run.log_knee(knee_step=20, decision={"state": "confirmed", "reason": "psnr_y fell for 1 point"}, history=history)
+        without.log_knee(knee_step=None, decision={"state": "improving", "reason": "max_steps came first"}, history=history)
     data = tracker.client.get_run(run.run_id).data
     assert (data.tags["knee"], data.tags["knee.reason"]) == ("20", "psnr_y fell for 1 point")
     assert data.metrics == {"knee/step": 20.0, "knee/psnr_y": 25.0}
     assert json.loads(Path(tracker.client.download_artifacts(run.run_id, "knee.json")).read_text())["history"] == history
     assert tracker.client.get_run(without.run_id).data.tags["knee"] == "none"
+
+
+def test_trips_of_the_guard_are_counted_and_kept(tracker: Tracker) -> None:
+    told = {
+        "statistic": "loss",
+        "value": "nan",
+        "limit": "a finite number",
+        "layer": "head.weight",
+        "evidence": "gradient of head.weight: nan",
+    }
+    rest = {"bad_data": False, "action": "rolled back", "rolled_back_to": 100, "lr_scale": 0.5}
+    trips = [Trip(step=117 + i, detected_at=120 + i, number=i + 1, **told, **rest) for i in range(2)]
+    with tracker.start_pipeline("guarded") as run:
+        run.log_trips(trips[:1])
+        run.log_trips(trips)
+    data = tracker.client.get_run(run.run_id).data
+    assert data.tags["guard.trips"] == "2"
+    assert "gradient of head.weight: nan; back to step 100" in data.tags["guard.last"]
+    points = tracker.client.get_metric_history(run.run_id, "guard/trips")
+    assert [(point.step, point.value) for point in points] == [(120, 1.0), (121, 2.0)]
+    kept = json.loads(Path(tracker.client.download_artifacts(run.run_id, "guard.json")).read_text())
+    assert [Trip(**trip) for trip in kept] == trips
 
 
 def test_a_refusal_of_the_store_is_one_sentence(tracker: Tracker) -> None:

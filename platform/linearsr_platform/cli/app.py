@@ -11,6 +11,7 @@ try:
 
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
+    from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import models, promote
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.upscale import upscale
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
     "run": run,
     "upscale": upscale,
+    "knee": knee,
     "models": models,
     "promote": promote,
 }

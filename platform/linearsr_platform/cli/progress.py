@@ -52,19 +52,28 @@ class Trainer:
     loss: float | None = None
     samples_per_s: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    rollbacks: int = 0
     state: str = "starting"
 
     def update(self, kind: str, step: int, values: Mapping[str, float], now_s: float) -> None:
         """Take in one event; scores stay until the next validation."""
-        if kind == "start" or (kind != "state" and self.state in ("queued", "starting")):
+        if kind == "trip":
+            self.rollbacks += 1
+        if kind in ("start", "trip") or (kind != "state" and self.state in ("queued", "starting")):
             self.state, self.paced_from = "training", (step, now_s)
-        self.spent_s = values.get("seconds", now_s - self.paced_from[1])
+        if kind != "trip":
+            self.spent_s = values.get("seconds", now_s - self.paced_from[1])
         self.step, self.updated_s = step, now_s
         if kind == "metrics":
             self.loss = values.get("loss", self.loss)
             self.samples_per_s = values.get("samples_per_s", self.samples_per_s)
         elif kind == "validation":
             self.scores = {name: value for name, value in values.items() if name not in NOT_SCORES}
+
+    @property
+    def status(self) -> str:
+        """What it is doing, and how often the guard took it back."""
+        return self.state + (f", {self.rollbacks} rollback{'s' if self.rollbacks > 1 else ''}" if self.rollbacks else "")
 
     def left_s(self, now_s: float) -> float | None:
         """Return the seconds until the steps or the time budget are used up, whichever is first; None if that is not known.
@@ -164,7 +173,7 @@ class RunDisplay(ABC):
         Args:
             name: trainer, such as `expert-1`; its first event makes it appear.
             kind: `start` when its workers begin at `step`, `metrics` with `loss` and `samples_per_s`, `validation` with scores;
-                `checkpoint` and `state` bring no numbers.
+                `trip` when the guard took it back to `step`; `checkpoint` and `state` bring no numbers.
             step: optimizer step it happened at.
             values: numbers by name; `seconds` is the time the training loop has used of its budget.
             total_steps: steps at most; None keeps what was said before.
@@ -229,7 +238,7 @@ class PlainDisplay(RunDisplay):
             self.message(f"{task.name}: {task.done}/{task.total} {task.unit}".rstrip())
 
     def _trainer_moved(self, trainer: Trainer, kind: str, *, changed_state: bool) -> None:
-        told = kind in ("start", "validation") or changed_state
+        told = kind in ("start", "validation", "trip") or changed_state
         if not told and (kind != "metrics" or not self._is_due(trainer.name)):
             return
         self._told_s[trainer.name] = self._clock()
@@ -240,7 +249,7 @@ class PlainDisplay(RunDisplay):
         parts += [f"{trainer.samples_per_s:.1f} samples/s"] if trainer.samples_per_s is not None else []
         left_s = trainer.left_s(self._clock())
         parts += [f"at most {duration(left_s)} left"] if left_s is not None else []
-        parts += [trainer.state] if trainer.state != "training" else []
+        parts += [trainer.status] if trainer.status != "training" else []
         owner = trainer.name if self._stage in (None, trainer.name) else f"{self._stage} {trainer.name}"
         self.message(f"{owner}: {', '.join(parts)}")
 
@@ -343,7 +352,7 @@ class LiveDisplay(RunDisplay):
                 *(("" if trainer.samples_per_s is None else f"{trainer.samples_per_s:.1f}",) if wide else ()),
                 left_text(trainer.left_s(now_s)),
                 *(value_text(trainer.scores.get(name)) for name in scores),
-                Text(trainer.state, style=style),
+                Text(trainer.status, style=style),
             )
         return table
 

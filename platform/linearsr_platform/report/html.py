@@ -29,6 +29,7 @@ def render_report(data: ReportData, pictures: Sequence[PhotoStrip]) -> str:
         ("scores", "Scores", "", evaluation(data)),
         ("trade-off", "Perception and distortion", TRADE_OFF, sections.trade_off(data)),
         ("training", "Training and knees", TRAINING, sections.training(data)),
+        ("guard", "Rollbacks", GUARD, sections.guard(data)),
         ("experts", "Experts on the noise axis", EXPERTS, sections.experts(data)),
         ("stages", "Stages", "", sections.stages(data)),
         ("data", "Images", "", sections.data_used(data)),
@@ -59,6 +60,7 @@ TRAINING = (
     "Each stage ends once its knee is confirmed, and the next one starts from the knee, not from the last step. The vertical line "
     "and the dot are the knee, the dotted line its confirmation; what came after the knee is faint and not used."
 )
+GUARD = "Where training went wrong, it went back to its last good state, cut its learning rate and skipped the data in between."
 EXPERTS = (
     "One expert works at a time; noise falls from left to right. Thin bars: what an expert trains on. Dots: where the sampler calls it."
 )

@@ -64,6 +64,21 @@ class TrainerCurve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TripRow:
+    """A trip of the guard that training recovered from."""
+
+    stage: str
+    trainer: str
+    step: int
+    """First bad step."""
+    seen: str
+    """Statistic, what it was and what it should have been."""
+    evidence: str
+    """Where it was first seen, layer and worker, as far as that came out."""
+    action: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MetricColumn:
     """A metric of the evaluation: a number carries its protocol."""
 
@@ -153,6 +168,7 @@ class ReportData:
     """Metric the trade-off is plotted against."""
     stages: tuple[StageRecord, ...] = ()
     trainers: tuple[TrainerCurve, ...] = ()
+    trips: tuple[TripRow, ...] = ()
     boundaries: tuple[float, ...] = ()
     """Ascending noise levels between experts."""
     overlap_log_snr: float = 0.0

@@ -48,7 +48,8 @@ def training(data: ReportData) -> Markup:
 
 
 def _trainer(curve: TrainerCurve, last_step: float) -> Markup:
-    knee = f"knee at step {curve.knee_step}" if curve.knee_step is not None else "no knee found"
+    kept = "knee" if curve.confirmed_at is not None else "no knee yet, best"
+    knee = f"{kept} at step {curve.knee_step}" if curve.knee_step is not None else "no knee found"
     last = curve.history[-1]
     facts = [f"{int(last['step'])} steps"]
     seconds = measured(last, "seconds")
@@ -65,6 +66,23 @@ def _trainer(curve: TrainerCurve, last_step: float) -> Markup:
     )
     panels = [curve_panel(curve, metric, last_step=last_step) for metric in curve.metrics if curve.points(metric)]
     return element("div", words, element("div", *panels, class_="panels"), class_="trainer")
+
+
+def guard(data: ReportData) -> Markup:
+    """Return the trips of the guard in a table."""
+    if not data.trips:
+        return EMPTY
+    heads = ("Trainer", "First bad step", "Seen", "Where", "What followed")
+    head = element("tr", *(element("th", title, scope="col") for title in heads))
+    rows = [
+        element(
+            "tr",
+            element("th", trip.trainer if trip.trainer == trip.stage else f"{trip.stage} {trip.trainer}", scope="row"),
+            *(element("td", cell) for cell in (f"{trip.step}", trip.seen, trip.evidence, trip.action)),
+        )
+        for trip in data.trips
+    ]
+    return element("div", element("table", element("thead", head), element("tbody", *rows)), class_="scroll")
 
 
 def experts(data: ReportData) -> Markup:

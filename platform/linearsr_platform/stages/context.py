@@ -9,7 +9,7 @@ from linearsr_platform.recipe.load import LoadedRecipe
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.tracking.runs import TrackedRun, Tracker
 
-EventKind = Literal["start", "metrics", "validation", "checkpoint", "end", "state"]
+EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "end", "state"]
 
 
 class Display(Protocol):
@@ -43,7 +43,7 @@ class Display(Protocol):
         max_seconds: float | None = None,
         state: str | None = None,
     ) -> None:
-        """A trainer reported metrics, a validation, a checkpoint or a change of state."""
+        """A trainer reported metrics, a validation, a checkpoint, a trip of the guard or a change of state."""
 
     def message(self, text: str) -> None:
         """Something worth a line of its own."""

@@ -5,15 +5,21 @@ The only file of the platform that names the method's task; a worker builds it f
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from linearsr.config import LatentStatistics, ModelConfig, TagsConfig
+from linearsr.guard import Trip
+from linearsr.knee import KneeDecision
+from linearsr.metric_table import metric_spec
 from linearsr.task import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.report.knee_plot import plot_knee
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -93,6 +99,7 @@ def run_jobs(
     context.open_cluster()
     runs = {job.name: context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)) for job in jobs}
     by_name = {job.name: job for job in jobs}
+    trips: dict[str, list[Trip]] = {job.name: [] for job in jobs}
 
     def on_poll(events: Iterable[Event]) -> None:
         for event in events:
@@ -103,6 +110,10 @@ def run_jobs(
             prefix = "validation/" if event.kind == "validation" else "train/"
             if event.kind in ("validation", "metrics"):
                 runs[event.source].log_metrics(event.step, {prefix + name: value for name, value in event.values.items()})
+            elif event.kind == "trip":
+                trips[event.source].append(Trip(**event.detail))
+                runs[event.source].log_trips(trips[event.source])
+                context.display.message(f"{event.source}: guard: {trips[event.source][-1].describe()}")
 
     for name in by_name:
         context.display.trainer_event(name, "state", 0, {}, state="queued")
@@ -146,7 +157,7 @@ def _state(event: Event) -> str | None:
     """Return what the trainer is doing from now on, in a word; None if that did not change."""
     if event.kind == "end":
         return "failed" if "error" in event.detail else "done"
-    if event.detail.get("state") == "confirmed":
+    if event.detail.get("state") in ("confirmed", "diverging"):
         return f"knee@{event.detail['knee_step']}"
     return None
 
@@ -163,11 +174,18 @@ def as_data(outcomes: Mapping[str, TrainOutcome]) -> dict[str, Any]:
 
 def describe(outcomes: Mapping[str, TrainOutcome]) -> str:
     """Say in one line where each trainer's knee was."""
-    return ", ".join(f"{name} {_knee(outcome)} {outcome.steps} steps" for name, outcome in outcomes.items())
+    return ", ".join(f"{name} {_knee(outcome)} {outcome.steps} steps{_rollbacks(outcome)}" for name, outcome in outcomes.items())
+
+
+def _rollbacks(outcome: TrainOutcome) -> str:
+    return f" ({len(outcome.trips)} rolled back)" if outcome.trips else ""
 
 
 def _knee(outcome: TrainOutcome) -> str:
-    return "no knee in" if outcome.knee_step is None else f"knee {outcome.knee_step} of"
+    if outcome.knee_step is None:
+        return "no knee in"
+    kept = "knee" if outcome.decision["confirmed_at"] is not None else "best"
+    return f"{kept} {outcome.knee_step} of"
 
 
 def _params(job: TrainJob) -> dict[str, object]:
@@ -177,10 +195,23 @@ def _params(job: TrainJob) -> dict[str, object]:
 
 
 def _log_outcome(run: TrackedRun, outcome: TrainOutcome) -> None:
-    decision = outcome.decision
-    run.log_knee(knee_step=outcome.knee_step, reason=str(decision.get("reason", "")), history=outcome.history)
+    with TemporaryDirectory(prefix="linearsr-knee-") as folder:
+        picture = Path(folder) / "knee.png"
+        points = [(int(point["step"]), {name: point[name] for name in point if name != "step"}) for point in outcome.history]
+        orientations = {name: metric_spec(name).higher_is_better for name in outcome.decision["metrics"]}
+        if orientations:
+            plot_knee(points, orientations, KneeDecision.from_json(outcome.decision), str(picture))
+        run.log_knee(
+            knee_step=outcome.knee_step,
+            decision=outcome.decision,
+            history=outcome.history,
+            picture=picture if orientations else None,
+        )
+    if outcome.trips:
+        # Whole: those before a restart of this process too.
+        run.log_trips([Trip(**trip) for trip in outcome.trips])
     run.set_tags({"stopped_by": outcome.stopped_by, "knee_weights": outcome.knee_weights})
-    run.log_params({"outcome": {key: value for key, value in outcome.to_json().items() if key not in ("history", "decision")}})
+    run.log_params({"outcome": {key: value for key, value in outcome.to_json().items() if key not in ("history", "decision", "trips")}})
 
 
 def statistics_data(statistics: LatentStatistics) -> dict[str, Any]:

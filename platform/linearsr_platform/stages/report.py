@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from linearsr.guard import Trip
 from linearsr.sampling import sampling_times
 from linearsr_platform import storage
 from linearsr_platform.report.html import render_report, write_report
@@ -22,6 +23,7 @@ from linearsr_platform.report.model import (
     SweepPoint,
     TrackingRecord,
     TrainerCurve,
+    TripRow,
 )
 from linearsr_platform.report.strips import PhotoStrip, comparison_strip
 from linearsr_platform.stages.context import RunContext
@@ -65,6 +67,7 @@ def gather(context: RunContext, records: Sequence[StageRecord], started: datetim
         perceptual=recipe.evaluate.perceptual,
         stages=tuple(records),
         trainers=tuple(_curves(context)),
+        trips=tuple(_trips(context)),
         boundaries=boundaries_of(context),
         overlap_log_snr=recipe.experts.overlap_log_snr,
         sampling_times=sampling_times(recipe.sampler, recipe.model.flow.shift),
@@ -129,6 +132,19 @@ def _curves(context: RunContext) -> list[TrainerCurve]:
     return curves
 
 
+def _trips(context: RunContext) -> list[TripRow]:
+    rows = []
+    for stage in TRAINED:
+        trainers = context.results[stage].data["trainers"] if stage in context.results else {}
+        for name, outcome in trainers.items():
+            # Results from before there was a guard have none.
+            for trip in (Trip(**one) for one in outcome.get("trips", [])):
+                action = f"back to step {trip.rolled_back_to}, learning rate x{trip.lr_scale:.3g}"
+                seen = f"{trip.statistic} {trip.value}, expected {trip.limit}"
+                rows.append(TripRow(stage=stage, trainer=name, step=trip.step, seen=seen, evidence=trip.evidence, action=action))
+    return rows
+
+
 def _tracking(context: RunContext) -> TrackingRecord:
     runs = {"pipeline": context.pipeline_run.run_id, **{name: result.run_id for name, result in context.results.items()}}
     registered = context.results["register"].data if "register" in context.results else None
@@ -164,7 +180,8 @@ def _lineage(context: RunContext) -> list[LineageRow]:
         rows.append(LineageRow(what="shards", identity=str(results["prepare"].data["digest"]), detail=results["prepare"].summary))
     for stage in TRAINED:
         for name, outcome in (results[stage].data["trainers"] if stage in results else {}).items():
-            detail = f"knee at step {outcome['knee_step']}" if outcome["knee_step"] is not None else "no knee; last step"
+            kept = "knee" if outcome["decision"]["confirmed_at"] is not None else "no knee yet, best"
+            detail = f"{kept} at step {outcome['knee_step']}" if outcome["knee_step"] is not None else "no knee; last step"
             rows.append(LineageRow(what=f"{stage} {name}" if name != stage else stage, identity=results[stage].key, detail=detail))
     if "assemble" in results:
         rows.append(LineageRow(what="bundle", identity=str(results["assemble"].data["digest"]), detail=results["assemble"].summary))

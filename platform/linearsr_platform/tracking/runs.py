@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+from linearsr.guard import Trip
 from linearsr_platform.errors import UserError
 from linearsr_platform.tracking.store import connect, mlflow_errors
 from linearsr_platform.tracking.values import finite, flatten, legal_key
@@ -127,21 +128,45 @@ class TrackedRun:
         """Note on a pipeline's run that a stage was skipped, and why."""
         self.set_tags({f"stage.{stage}": f"skipped: {because}"})
 
-    def log_knee(self, *, knee_step: int | None, reason: str, history: Sequence[Mapping[str, float]]) -> None:
-        """Record where training reached its knee: `knee.json` with the curve, `knee/...` metrics at the knee, and tags.
+    def log_knee(
+        self,
+        *,
+        knee_step: int | None,
+        decision: Mapping[str, object],
+        history: Sequence[Mapping[str, float]],
+        picture: Path | None = None,
+    ) -> None:
+        """Record where training reached its knee: `knee.json` with decision and curves, `knee.png`, `knee/...` metrics, and tags.
 
         Args:
-            knee_step: step of the knee; None if there was none.
-            reason: why the detector chose it, or why it chose none.
+            knee_step: step of the weights that are handed on; None if there are none but the last.
+            decision: what the detector concluded, with `state` and `reason`.
             history: validation points, each with `step` and metrics.
+            picture: a PNG of the curves.
         """
-        self.log_dict({"knee_step": knee_step, "reason": reason, "history": [dict(point) for point in history]}, "knee.json")
-        self.set_tags({"knee": "none" if knee_step is None else knee_step, "knee.reason": reason})
+        points = [dict(point) for point in history]
+        self.log_dict({"knee_step": knee_step, "decision": dict(decision), "history": points}, "knee.json")
+        if picture is not None:
+            self.log_artifact(picture)
+        step = "none" if knee_step is None else knee_step
+        self.set_tags({"knee": step, "knee.state": decision["state"], "knee.reason": decision["reason"]})
         if knee_step is None:
             return
         point = next((point for point in history if point["step"] == knee_step), {})
         values = {name: value for name, value in point.items() if name != "step"}
         self.log_metrics(knee_step, {"knee/step": knee_step, **{f"knee/{name}": value for name, value in values.items()}})
+        self.flush()
+
+    def log_trips(self, trips: Sequence[Trip]) -> None:
+        """Record the guard's trips so far: `guard.json`, the count `guard/trips` at the last one's step, and tags.
+
+        Args:
+            trips: all of them, at least one, in order.
+        """
+        last = trips[-1]
+        self.log_dict([trip.to_json() for trip in trips], "guard.json")
+        self.set_tags({"guard.trips": len(trips), "guard.last": last.describe()})
+        self.log_metrics(last.detected_at, {"guard/trips": len(trips)})
         self.flush()
 
     def finish(self, status: Status = "FINISHED") -> None:
