@@ -47,6 +47,22 @@ def sample_times(count: int, interval: tuple[float, float], config: FlowConfig, 
     return t.clamp(*interval).float()
 
 
+def interval_mass(interval: tuple[float, float], config: FlowConfig) -> float:
+    """Return the probability that a training draw over all noise levels falls into `interval`.
+
+    Args:
+        interval: (low, high) noise levels after shift, 0 <= low < high <= 1; high belongs to it only if it is 1.
+        config: Shift, mean and deviation of the logit-normal, and the share of draws at t = 1.
+    Source: the distribution that `sample_times` draws from; method.md 3.6.
+    """
+    edges = torch.tensor([unshift_time(t, config.shift) for t in interval], dtype=torch.float64)
+    low, high = ((torch.logit(edges) - config.logit_mean) / config.logit_std).tolist()
+    # On the side of the median where both are small: a difference of two numbers near 1 would lose the far tail.
+    sign = -1.0 if low > 0 else 1.0
+    drawn = float(torch.special.ndtr(sign * torch.tensor([low, high], dtype=torch.float64)).diff().abs())
+    return (1 - config.endpoint_fraction) * drawn + (config.endpoint_fraction if interval[1] == 1 else 0.0)
+
+
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return z_t on the straight path: (B, c, H, W), (B, c, H, W), (B, 1, 1, 1) -> (B, c, H, W)."""
     return (1 - t) * clean + t * noise
