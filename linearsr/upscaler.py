@@ -1,7 +1,6 @@
 """From an image to a larger image, with a released bundle."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.bundle import Bundle, BundleError
-from linearsr.experts import route
-from linearsr.model import Condition, SuperResolver
-from linearsr.sampling import Denoiser, sample, sampling_times
+from linearsr.model import SuperResolver
+from linearsr.routed import RoutedSampler
 from linearsr.tags import encode_tags
 
 Estimate = Literal["routed", "one_step"]
@@ -40,6 +38,7 @@ class Upscaler:
                 raise BundleError(f"{path}: got other weights ({error}); expected those of {bundle.config}; fix: assemble again") from error
             dtype = torch.bfloat16 if bundle.precision == "bfloat16" else torch.float32
             self.experts.append(expert.to(self.device, dtype).eval())
+        self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler)
 
     def upscale(
         self, image: Image.Image, *, tags: Sequence[str] = (), seed: int = 0, steps: int | None = None, estimate: Estimate = "routed"
@@ -78,46 +77,9 @@ class Upscaler:
         if estimate == "one_step":
             clean = self.experts[0].denoise(noise, 1.0, self.experts[0].condition(pixels, ids))
         else:
-            clean = self._sample(noise, pixels, ids, steps)
+            clean = self.routed.sample(noise, pixels, ids, steps)
         restored = self.experts[0].space.decode(clean) / 2 + 0.5
         return restored[..., : height * config.scale, : width * config.scale].cpu()
-
-    def times(self, steps: int | None = None) -> tuple[float, ...]:
-        """Return the noise levels at which an expert runs, descending."""
-        sampler = self.bundle.sampler
-        if steps is not None and steps != sampler.num_steps:
-            sampler = replace(sampler, num_steps=steps, times=None)
-        return sampling_times(sampler, self.bundle.config.flow.shift)
-
-    def _sample(self, noise: Tensor, pixels: Tensor, ids: Tensor, steps: int | None) -> Tensor:
-        sampler, boundaries = self.bundle.sampler, self.bundle.boundaries
-
-        def expert_of(t: float) -> int:
-            return route(t, boundaries)
-
-        denoise = self._routed_denoiser(pixels, ids)
-        return sample(denoise, sampler.temperature * noise, self.times(steps), kind=sampler.kind, expert_of=expert_of)
-
-    def _routed_denoiser(self, pixels: Tensor, ids: Tensor) -> Denoiser:
-        """Return a denoiser that asks the right expert; each encodes the picture once, when it is first asked."""
-        weight = self.bundle.sampler.guidance_scale
-        conditions: dict[tuple[int, bool], Condition] = {}
-
-        def estimate(z: Tensor, t: float, *, with_tags: bool) -> Tensor:
-            index = route(t, self.bundle.boundaries)
-            key = (index, with_tags)
-            if key not in conditions:
-                conditions[key] = self.experts[index].condition(pixels, ids if with_tags else torch.zeros_like(ids))
-            return self.experts[index].denoise(z, t, conditions[key])
-
-        def denoise(z: Tensor, t: float) -> Tensor:
-            clean = estimate(z, t, with_tags=True)
-            if weight == 1:
-                return clean
-            # The clean estimate is affine in the velocity, so guidance on one is guidance on the other.
-            return torch.lerp(estimate(z, t, with_tags=False), clean, weight)
-
-        return denoise
 
     def _pad(self, lr: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Mirror the right and bottom edges up to a multiple of a token; return the original (height, width) too."""

@@ -104,7 +104,7 @@ def test_every_step_is_served_by_the_expert_of_its_noise_level(tmp_path, monkeyp
     calls = calls_of(upscaler, monkeypatch)
     upscaler.upscale(photograph(8, 8))
     low, middle, high = bisect_boundaries()
-    assert [t for _, t in calls] == pytest.approx(upscaler.times())
+    assert [t for _, t in calls] == pytest.approx(upscaler.routed.times())
     assert [index for index, _ in calls] == [3 if t < low else 2 if t < middle else 1 if t < high else 0 for _, t in calls]
     assert {index for index, _ in calls} == {0, 1, 2, 3}
     calls.clear()

@@ -1,0 +1,61 @@
+"""Several experts as one denoiser: at every noise level the sampler asks the one that owns it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from linearsr.config import SamplerConfig
+from linearsr.experts import route
+from linearsr.model import Condition, SuperResolver
+from linearsr.sampling import Denoiser, sample, sampling_times
+
+
+class RoutedSampler:
+    """Follows the flow from noise to a clean latent through all experts. Source: LinearSR section 3; method.md 3.7."""
+
+    def __init__(self, experts: Sequence[SuperResolver], boundaries: Sequence[float], sampler: SamplerConfig) -> None:
+        """Keep the experts, noisiest first, and the ascending noise levels between them."""
+        self.experts, self.boundaries, self.sampler = experts, tuple(boundaries), sampler
+
+    def times(self, steps: int | None = None) -> tuple[float, ...]:
+        """Return the noise levels at which an expert runs, descending; `steps` other than the sampler's are on its uniform grid."""
+        sampler = self.sampler
+        if steps is not None and steps != sampler.num_steps:
+            sampler = replace(sampler, num_steps=steps, times=None)
+        return sampling_times(sampler, self.experts[0].config.flow.shift)
+
+    def sample(self, noise: Tensor, pixels: Tensor, tag_ids: Tensor, steps: int | None = None) -> Tensor:
+        """Return the clean latent that the experts make of `noise`, both (B, c, H, W).
+
+        Args:
+            noise: standard normal; the sampler's temperature is applied here.
+            pixels: LR pictures (B, 3, h, w) in [-1, 1].
+            tag_ids: (B, T).
+            steps: sampler steps; None takes the sampler as it is.
+        """
+        denoise = self._denoiser(pixels, tag_ids)
+        start = self.sampler.temperature * noise
+        return sample(denoise, start, self.times(steps), kind=self.sampler.kind, expert_of=lambda t: route(t, self.boundaries))
+
+    def _denoiser(self, pixels: Tensor, tag_ids: Tensor) -> Denoiser:
+        """Return a denoiser that asks the right expert; each encodes the picture once, when it is first asked."""
+        weight = self.sampler.guidance_scale
+        conditions: dict[tuple[int, bool], Condition] = {}
+
+        def estimate(z: Tensor, t: float, *, with_tags: bool) -> Tensor:
+            index = route(t, self.boundaries)
+            key = (index, with_tags)
+            if key not in conditions:
+                conditions[key] = self.experts[index].condition(pixels, tag_ids if with_tags else torch.zeros_like(tag_ids))
+            return self.experts[index].denoise(z, t, conditions[key])
+
+        def denoise(z: Tensor, t: float) -> Tensor:
+            clean = estimate(z, t, with_tags=True)
+            if weight == 1:
+                return clean
+            # The clean estimate is affine in the velocity, so guidance on one is guidance on the other.
+            return torch.lerp(estimate(z, t, with_tags=False), clean, weight)
+
+        return denoise
