@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from linearsr_platform.cli.progress import LiveDisplay, PlainDisplay, clock_time, make_display
+from linearsr_platform.cli.search_table import print_search
+from linearsr_platform.report.search_model import Comparison, SearchReport, TrialRow, ranked
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
@@ -259,3 +261,107 @@ def test_a_rollback_is_told_and_stays_visible(clock):
         live.trainer_event("pretrain", "trip", 40, {})
         assert row_of(live, "40/200")[-1] == "rollbacks"
     assert "pretrain: step 40/200, training, 1 rollback" in console.file.getvalue()
+
+
+def trial(index, state, score=None, **changes):
+    told = {"boundaries": (0.223, 0.875, 0.939), "origin": "search", "rung": 0 if score is None else 400, "rungs": 1600}
+    told |= {"score_error": None if score is None else 0.012, "trained": 3, "cached": 1, "seconds": 60.0}
+    return TrialRow(name=f"trial-{index:03d}", state=state, score=score, **(told | changes))
+
+
+def forty_trials():
+    states = ("done", "stopped", "stopped", "running", "queued", "failed", "done", "running")
+    scored = ("done", "stopped")
+    return ranked([trial(i, states[i % 8], 24.0 + i / 100 if states[i % 8] in scored else None) for i in range(40)], True)
+
+
+def test_plain_text_tells_each_event_of_a_trial_once(clock):
+    console = Console(file=io.StringIO(), width=40)
+    display = PlainDisplay(console, clock)
+    display.stage_started("search")
+    history = [
+        [trial(0, "running"), trial(1, "queued")],
+        [trial(0, "running", 24.1), trial(1, "running", doing="expert 2 of 4")],
+        [trial(0, "stopped", 24.1), trial(1, "running", doing="expert 3 of 4")],
+        [trial(0, "stopped", 24.1), trial(1, "failed", reason="worker lost")],
+    ]
+    for rows in history:
+        for _ in range(3):
+            display.trials(rows, total=8, left_s=90.0, best=rows[0])
+    lines = console.file.getvalue().splitlines()[1:]
+    assert [line.split(": ")[1].split(",")[0].split(";")[0] for line in lines] == [
+        "score 24.100 +- 0.012",
+        "stopped",
+        "failed after 0/1600 steps",
+    ]
+    assert lines[0] == (
+        "[0:00] search trial-000: score 24.100 +- 0.012, step 400/1600, experts trained 3, cached 1, "
+        "search at t .223 .875 .939, best so far; 0 of 8 trials, about 1:30 left"
+    )
+    assert lines[2].endswith("worker lost; 2 of 8 trials, about 1:30 left")
+
+
+def test_plain_text_does_not_repeat_what_an_earlier_attempt_told(clock):
+    console = Console(file=io.StringIO(), width=40)
+    display = PlainDisplay(console, clock)
+    display.stage_started("search")
+    display.trials([trial(0, "done", 24.1), trial(1, "running")], total=8, left_s=None, best=None)
+    display.trials([trial(0, "done", 24.1), trial(1, "stopped", 24.0)], total=8, left_s=None, best=None)
+    lines = console.file.getvalue().splitlines()[1:]
+    assert lines[0] == "[0:00] search: goes on after 1 of 8 trials"
+    assert lines[1].startswith("[0:00] search trial-001: stopped, score 24.000")
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 12), (140, 40)])
+def test_terminal_shows_running_trials_then_the_best_and_counts_the_others(clock, width, height):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+    display, rows = LiveDisplay(console, clock), forty_trials()
+    display.stage_started("search")
+    display.trials(rows, total=48, left_s=200.0, best=rows[0])
+    clock.now_s += 20
+    lines = screen(display, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) < height
+    shown = [line.split()[0] for line in lines if line.strip().startswith("trial-")]
+    running = [row.name for row in rows if row.state == "running"]
+    expected = [*running, *(row.name for row in rows if row.state != "running")]
+    assert shown == expected[: len(shown)]
+    assert len(shown) <= 15
+    assert f"and {40 - len(shown)} more: " in lines[-1]
+    assert any("best so far: trial-038" in line for line in lines)
+    assert any("25 of 48 trials, about 3:00 left" in line for line in lines)
+
+
+def test_a_new_stage_forgets_the_trials(clock):
+    display = LiveDisplay(terminal(), clock)
+    display.stage_started("search")
+    display.trials(forty_trials(), total=48, left_s=None, best=None)
+    assert "25 of 48 trials" in screen(display)
+    display.stage_started("compare")
+    assert "trial" not in screen(display)
+
+
+@pytest.mark.parametrize(("encoding", "width"), [("ascii", 80), ("ascii", 100), ("utf-8", 100)])
+def test_the_result_of_a_search_fits_any_console(encoding, width):
+    written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=written, width=width, highlight=False)
+    rows = forty_trials()
+    told = {"boundaries": (0.223, 0.875, 0.939), "seeds": 3, "score": 24.38, "score_error": 0.008}
+    comparisons = (
+        Comparison(label="best found", difference=None, interval=None, verdict="reference", **told),
+        Comparison(label="single expert", difference=-0.0123, interval=(-0.0234, 0.0012), verdict="no difference", **told),
+    )
+    print_search(
+        SearchReport(
+            name="a", metric="psnr_y", higher_is_better=True, trials=tuple(rows), proposals=(), comparisons=comparisons, best=rows[0],
+            profile=None, trained=30, cached=10, seconds=60.0, started="2026-01-12T14:03:11+00:00",
+        ),
+        console,
+    )  # fmt: skip
+    written.flush()
+    lines = written.buffer.getvalue().decode(encoding).splitlines()
+    assert lines[0].startswith("No difference beyond noise between the best boundaries found and a single expert: PSNR-Y +0.012")
+    assert [line.split()[1] for line in lines if line.strip()[:2] in ("1 ", "2 ")] == [row.name for row in rows[:2]]
+    assert all(row.name in "".join(lines) for row in rows)
+    assert max(len(line) for line in lines[1:]) <= width

@@ -1,14 +1,14 @@
 """What a running pipeline shows: a live display in a terminal, plain lines of text everywhere else.
 
 Both are a `RunDisplay`; `make_display` picks one. A stage shows tasks that are counted (images, photographs) or trainers, all at
-once; a stage that ended stays above as one line.
+once, or the trials of a search; a stage that ended stays above as one line.
 """
 
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
 from typing import Literal, Self
@@ -21,74 +21,19 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from linearsr_platform.cli.search_table import SearchView, live_trials, trial_event
+from linearsr_platform.cli.trainer_table import Trainer, clock_time, left_text, trainer_table, value_text
 from linearsr_platform.report.markup import duration, metric_label
+from linearsr_platform.report.search_model import TrialRow
 
 Status = Literal["done", "skipped", "failed"]
 
-NOT_SCORES = frozenset({"loss", "samples_per_s", "seconds", "step", "lr", "grad_norm"})
-"""Values of a validation that are not shown as scores."""
-AT_REST = frozenset({"queued", "starting", "done", "failed"})
-"""States in which a trainer has no time left to tell."""
 PLAIN_INTERVAL_S = 15.0
 """Least time between two plain lines of one task, or of one trainer between its validations."""
-BAR_FROM_COLUMNS = 104
-"""Terminal width from which trainers get a bar."""
+LINES_ABOVE_TRIALS = 6
+"""Lines that a live display needs beside the rows of its trials: the stage, heads, what is counted, the best, and the cursor's."""
 MARKS = {"done": ("\u2714", "ok", "green"), "skipped": ("\u21b7", "--", "dim"), "failed": ("\u2718", "!!", "bold red")}
 """Status -> mark, mark in ASCII, style."""
-
-
-@dataclass
-class Trainer:
-    """What is known about one trainer."""
-
-    name: str
-    step: int
-    updated_s: float
-    paced_from: tuple[int, float]
-    """Step and time from which the pace is measured: where training began, or began again after a lost worker."""
-    spent_s: float = 0.0
-    total_steps: int | None = None
-    max_seconds: float | None = None
-    loss: float | None = None
-    samples_per_s: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    rollbacks: int = 0
-    state: str = "starting"
-
-    def update(self, kind: str, step: int, values: Mapping[str, float], now_s: float) -> None:
-        """Take in one event; scores stay until the next validation."""
-        if kind == "trip":
-            self.rollbacks += 1
-        if kind in ("start", "trip") or (kind != "state" and self.state in ("queued", "starting")):
-            self.state, self.paced_from = "training", (step, now_s)
-        if kind != "trip":
-            self.spent_s = values.get("seconds", now_s - self.paced_from[1])
-        self.step, self.updated_s = step, now_s
-        if kind == "metrics":
-            self.loss = values.get("loss", self.loss)
-            self.samples_per_s = values.get("samples_per_s", self.samples_per_s)
-        elif kind == "validation":
-            self.scores = {name: value for name, value in values.items() if name not in NOT_SCORES}
-
-    @property
-    def status(self) -> str:
-        """What it is doing, and how often the guard took it back."""
-        return self.state + (f", {self.rollbacks} rollback{'s' if self.rollbacks > 1 else ''}" if self.rollbacks else "")
-
-    def left_s(self, now_s: float) -> float | None:
-        """Return the seconds until the steps or the time budget are used up, whichever is first; None if that is not known.
-
-        The knee may end training earlier; nobody can know when.
-        """
-        if self.state in AT_REST:
-            return None
-        bounds = []
-        first_step, first_s = self.paced_from
-        if self.total_steps is not None and self.step > first_step and self.updated_s > first_s:
-            bounds.append((self.total_steps - self.step) * (self.updated_s - first_s) / (self.step - first_step))
-        if self.max_seconds is not None:
-            bounds.append(self.max_seconds - self.spent_s)
-        return max(0.0, min(bounds) - (now_s - self.updated_s)) if bounds else None
 
 
 @dataclass
@@ -116,6 +61,7 @@ class RunDisplay(ABC):
         self._lock = RLock()
         self._trainers: dict[str, Trainer] = {}
         self._tasks: dict[str, Task] = {}
+        self._search: SearchView | None = None
         self._stage: str | None = None
         self._stage_started_s = clock()
 
@@ -129,10 +75,10 @@ class RunDisplay(ABC):
             self.stage_failed(self._stage, "interrupted" if kind is KeyboardInterrupt else f"ended by {kind.__name__}")
 
     def stage_started(self, name: str) -> None:
-        """Begin a stage: forget the tasks and trainers of the one before."""
+        """Begin a stage: forget the tasks, trainers and trials of the one before."""
         with self._lock:
             self._stage, self._stage_started_s = name, self._clock()
-            self._trainers, self._tasks = {}, {}
+            self._trainers, self._tasks, self._search = {}, {}, None
 
     def stage_finished(self, name: str, seconds: float, summary: str) -> None:
         """End a stage well."""
@@ -190,6 +136,21 @@ class RunDisplay(ABC):
             trainer.state = trainer.state if state is None else state
         self._trainer_moved(trainer, kind, changed_state=changed_state)
 
+    def trials(self, rows: Sequence[TrialRow], *, total: int, left_s: float | None, best: TrialRow | None) -> None:
+        """Show the trials of a boundary search; may be called as often as wanted.
+
+        Args:
+            rows: every trial so far, best first.
+            total: trials that are to end.
+            left_s: seconds the others may take; None if that is not known.
+            best: the best so far.
+        """
+        with self._lock:
+            before = self._search
+            self._search = SearchView(rows=tuple(rows), total=total, left_s=left_s, updated_s=self._clock(), best=best)
+            view = self._search
+        self._trials_moved(before, view)
+
     @abstractmethod
     def message(self, text: str) -> None:
         """Show a line of text that stays."""
@@ -203,9 +164,12 @@ class RunDisplay(ABC):
     @abstractmethod
     def _trainer_moved(self, trainer: Trainer, kind: str, *, changed_state: bool) -> None: ...
 
+    @abstractmethod
+    def _trials_moved(self, before: SearchView | None, view: SearchView) -> None: ...
+
     def _end(self, status: Status, name: str, took: str, summary: str) -> None:
         with self._lock:
-            self._stage, self._trainers, self._tasks = None, {}, {}
+            self._stage, self._trainers, self._tasks, self._search = None, {}, {}, None
         self._show_end(status, name, took, summary)
 
 
@@ -250,8 +214,21 @@ class PlainDisplay(RunDisplay):
         left_s = trainer.left_s(self._clock())
         parts += [f"at most {duration(left_s)} left"] if left_s is not None else []
         parts += [trainer.status] if trainer.status != "training" else []
-        owner = trainer.name if self._stage in (None, trainer.name) else f"{self._stage} {trainer.name}"
-        self.message(f"{owner}: {', '.join(parts)}")
+        self.message(f"{self._owner(trainer.name)}: {', '.join(parts)}")
+
+    def _trials_moved(self, before: SearchView | None, view: SearchView) -> None:
+        if before is None and view.ended:
+            # What was there at the first call ended before this attempt.
+            self.message(f"{self._stage or 'search'}: goes on after {view.counted(self._clock())}")
+        known = {row.name: row for row in (before or view).rows}
+        for row in sorted(view.rows, key=lambda row: row.name):
+            event = trial_event(row, known.get(row.name))
+            if event is not None:
+                best = ", best so far" if view.best is not None and row.name == view.best.name else ""
+                self.message(f"{self._owner(row.name)}: {event}{best}; {view.counted(self._clock())}")
+
+    def _owner(self, name: str) -> str:
+        return name if self._stage in (None, name) else f"{self._stage} {name}"
 
     def _is_due(self, name: str) -> bool:
         now_s = self._clock()
@@ -288,7 +265,7 @@ class LiveDisplay(RunDisplay):
         self.console.print(text, markup=False, highlight=False)
 
     def render(self) -> RenderableType:
-        """Return what moves: the running stage with its time, its tasks and its trainers."""
+        """Return what moves: the running stage with its time, its tasks, its trainers and its trials."""
         with self._lock:
             if self._stage is None:
                 return Text("")
@@ -299,7 +276,10 @@ class LiveDisplay(RunDisplay):
             if self._tasks:
                 parts.append(Padding(self._task_table(now_s), (0, 0, 0, 2)))
             if self._trainers:
-                parts.append(Padding(self._trainer_table(now_s), (0, 0, 0, 2)))
+                parts.append(Padding(trainer_table(self._trainers.values(), now_s, self.console.width), (0, 0, 0, 2)))
+            if self._search is not None:
+                above = LINES_ABOVE_TRIALS + len(self._tasks) + (len(self._trainers) + 1 if self._trainers else 0)
+                parts.append(Padding(live_trials(self._search, now_s, self.console, self.console.height - above), (0, 0, 0, 2)))
             return Group(*parts)
 
     # Nothing is printed under the lock: the redrawing thread holds the console's lock when it asks for this one.
@@ -322,38 +302,14 @@ class LiveDisplay(RunDisplay):
     def _trainer_moved(self, trainer: Trainer, kind: str, *, changed_state: bool) -> None:
         """Nothing to do: the next redraw shows it."""
 
+    def _trials_moved(self, before: SearchView | None, view: SearchView) -> None:
+        """Nothing to do: the next redraw shows it."""
+
     def _task_table(self, now_s: float) -> Table:
         table = Table.grid(padding=(0, 2, 0, 0))
         for task in self._tasks.values():
             bar = ProgressBar(total=max(task.total, 1), completed=task.done, width=24)
             table.add_row(Text(task.name), bar, Text(f"{task.done}/{task.total} {task.unit}".rstrip()), left_text(task.left_s(now_s)))
-        return table
-
-    def _trainer_table(self, now_s: float) -> Table:
-        wide = self.console.width >= BAR_FROM_COLUMNS
-        trainers = sorted(self._trainers.values(), key=lambda trainer: trainer.name)
-        scores = tuple(dict.fromkeys(name for trainer in trainers for name in trainer.scores))
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        table.add_column("", no_wrap=True)
-        if wide:
-            table.add_column("", width=18)
-        for title in ("step", "loss", *(("samples/s",) if wide else ()), "left", *map(metric_label, scores)):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("state", no_wrap=True)
-        for trainer in trainers:
-            of_all = f"/{trainer.total_steps}" if trainer.total_steps else ""
-            bar = ProgressBar(total=max(trainer.total_steps or 1, 1), completed=trainer.step if trainer.total_steps else 0, width=18)
-            style = "green" if trainer.state.startswith(("knee", "done")) else "red" if trainer.state == "failed" else "dim"
-            table.add_row(
-                Text(trainer.name),
-                *((bar,) if wide else ()),
-                f"{trainer.step}{of_all}",
-                value_text(trainer.loss),
-                *(("" if trainer.samples_per_s is None else f"{trainer.samples_per_s:.1f}",) if wide else ()),
-                left_text(trainer.left_s(now_s)),
-                *(value_text(trainer.scores.get(name)) for name in scores),
-                Text(trainer.status, style=style),
-            )
         return table
 
 
@@ -369,20 +325,3 @@ def make_display(console: Console | None = None, *, is_terminal: bool | None = N
         on_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         is_terminal = shown_on.is_terminal and not shown_on.is_dumb_terminal and not on_ci
     return LiveDisplay(shown_on) if is_terminal else PlainDisplay(shown_on)
-
-
-def value_text(value: float | None) -> str:
-    """Write a loss or a score: two decimals from 10 on, four below; nothing if there is none."""
-    return "" if value is None else f"{value:.{2 if abs(value) >= 10 else 4}f}"
-
-
-def left_text(seconds: float | None) -> str:
-    """Write the time left as a clock, or nothing if it is not known."""
-    return "" if seconds is None else clock_time(seconds)
-
-
-def clock_time(seconds: float) -> str:
-    """Write seconds as `m:ss` or `h:mm:ss`."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
