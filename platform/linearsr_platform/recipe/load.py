@@ -5,11 +5,18 @@ from dataclasses import dataclass
 
 from linearsr_platform import storage
 from linearsr_platform.errors import RecipeErrors, RecipeProblem
-from linearsr_platform.recipe.document import parse_document
+from linearsr_platform.recipe.document import KeyPath, dotted, parse_document
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.recipe.merge import Layer, Merged, override_layers
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.recipe.validate import validate
+
+EXTENDS = "extends"
+"""Key of a recipe file that names another recipe, whose settings it changes."""
+FOUND = "from:"
+"""Before the name of a search: the boundaries that it found."""
+BOUNDARIES_FILE = "boundaries.yaml"
+"""What a search leaves in its folder: a fragment of a recipe with the best boundaries."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ def load_recipe(path: str, profile: str | None = None, overrides: Sequence[str] 
     for layer in layers:
         merged.add(layer)
     _expand_sources(merged.settings)
+    problems += _expand_boundaries(merged)
     recipe, broken = validate(merged)
     # A value that could not be read is no value of its key's type either; once is enough.
     unread = {problem.key for problem in problems if problem.value}
@@ -55,13 +63,36 @@ def load_recipe(path: str, profile: str | None = None, overrides: Sequence[str] 
 
 def _layers(path: str, profile: str | None, overrides: Sequence[str]) -> tuple[list[Layer], list[RecipeProblem]]:
     """Read every layer; without a readable file there are none, for then most errors would be about what it lacks."""
-    files = [path] if profile is None else [path, profile]
     problems: list[RecipeProblem] = []
-    layers = [_read(file, problems) for file in files]
+    layers = _with_bases(path, problems)
+    if profile is not None:
+        layers.append(_read(profile, problems))
     overridden, malformed = override_layers(overrides)
     readable = [layer for layer in layers if layer is not None]
-    complete = len(readable) == len(files)
-    return [*readable, *overridden] if complete else [], problems + malformed
+    return [*readable, *overridden] if len(readable) == len(layers) else [], problems + malformed
+
+
+def _with_bases(path: str, problems: list[RecipeProblem]) -> list[Layer | None]:
+    """Read a recipe and before it the one that it `extends`, and so on."""
+    layers: list[Layer | None] = []
+    seen: list[str] = []
+    file: str | None = path
+    while file is not None:
+        seen.append(storage.absolute(file))
+        layer = _read(file, problems)
+        layers.insert(0, layer)
+        base = None if layer is None else layer.settings.pop(EXTENDS, None)
+        if layer is None or base is None:
+            break
+        where = layer.origin((EXTENDS,))
+        if not isinstance(base, str):
+            problems.append(RecipeProblem(file=where, key=EXTENDS, value=str(base), rule="the path of a recipe, relative to this one"))
+            break
+        file = storage.absolute(base, storage.parent(file))
+        if file in seen:
+            problems.append(RecipeProblem(file=where, key=EXTENDS, value=base, rule="a recipe that does not extend this one"))
+            break
+    return layers
 
 
 def _read(file: str, problems: list[RecipeProblem]) -> Layer | None:
@@ -95,3 +126,28 @@ def _expand_sources(settings: dict[str, object]) -> None:
         for name, source in sources.items():
             if isinstance(source, str):
                 sources[name] = {"url": source}
+
+
+def _expand_boundaries(merged: Merged) -> list[RecipeProblem]:
+    """Put the numbers that a search has found in the place of `from:NAME`, so that they are part of the recipe's identity."""
+    path: KeyPath = ("experts", "boundaries")
+    wanted = merged.value(path)
+    if not isinstance(wanted, str) or not wanted.startswith(FOUND):
+        return []
+    root = merged.value(("storage",))
+    root = root if isinstance(root, str) else str(Recipe.model_fields["storage"].default)
+    file = storage.join(root, wanted.removeprefix(FOUND), BOUNDARIES_FILE)
+    problems: list[RecipeProblem] = []
+    layer = _read(file, problems)
+    section = {} if layer is None else layer.settings.get("experts")
+    found = section.get("boundaries") if isinstance(section, dict) else None
+    experts = merged.settings["experts"]
+    assert isinstance(experts, dict)  # noqa: S101 (the value was found in it)
+    if not isinstance(found, list):
+        experts["boundaries"] = "bisection"
+        done = [storage.name_of(folder) for folder in storage.list_folders(root) if storage.exists(storage.join(folder, BOUNDARIES_FILE))]
+        rule = f"from:NAME of a search that has ended under {root}" + (f" ({', '.join(done)})" if done else "")
+        fix = "run `linearsr search` first, or name its storage root"
+        return [RecipeProblem(file=merged.origin(path), key=dotted(path), value=wanted, rule=rule, fix=fix)]
+    experts["boundaries"] = found
+    return []

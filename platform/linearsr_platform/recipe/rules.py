@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
+from math import ceil
 
 from linearsr.metric_table import METRICS
 from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe, TrainConfig
+
+ROUNDING = 1e-9
+"""Slack of comparisons between sums of decimal fractions."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("evaluate.metrics", "promote.metric"), _gate_is_measured)
     yield Rule(("experts.boundaries",), _boundaries_ascend)
     yield Rule(("cluster",), _devices)
+    yield Rule(("search", "validation.metrics"), _search_is_measured)
+    yield Rule(("search",), _rungs_ascend)
+    yield Rule(("search",), _experts_fit_range)
+    yield Rule(("search", "model.codec"), _score_crop)
+    yield Rule(("search", "experts.train"), _rungs_can_go_on)
     for where in TRAINING_STAGES:
         yield from _stage_rules(where)
 
@@ -128,6 +137,48 @@ def _boundaries_ascend(recipe: Recipe) -> Iterator[Broken]:
     ordered = all(low < high for low, high in pairwise(boundaries))
     if not ordered or not all(0 < t < 1 for t in boundaries):
         yield Broken("experts.boundaries", list(boundaries), "strictly ascending numbers between 0 and 1")
+
+
+def _search_is_measured(recipe: Recipe) -> Iterator[Broken]:
+    measured = recipe.validation.metrics
+    if recipe.search is not None and recipe.search.metric not in measured:
+        yield Broken("search.metric", recipe.search.metric, f"one of validation.metrics ({', '.join(measured)})")
+
+
+def _rungs_ascend(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.search is None:
+        return
+    rungs, most = recipe.search.rungs, max(recipe.search.experts)
+    if not all(low < high for low, high in pairwise(rungs)) or rungs[0] < most:
+        yield Broken("search.rungs", list(rungs), f"strictly ascending steps, at least {most}: one for each expert")
+
+
+def _experts_fit_range(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.search is None:
+        return
+    (low, high), least, most = recipe.search.log_snr, recipe.search.min_width_log_snr, max(recipe.search.experts)
+    if high <= low:
+        yield Broken("search.log_snr", [low, high], "an ascending range")
+    elif ceil(least / recipe.search.step_log_snr - ROUNDING) * most * recipe.search.step_log_snr > high - low + ROUNDING:
+        rule = f"at most {(high - low) / most:.3g}: {most} experts share {high - low:.4g} in log-SNR"
+        yield Broken("search.min_width_log_snr", least, rule, "lower it, search.step_log_snr or search.experts")
+
+
+def _score_crop(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.search is None:
+        return
+    crop, factor, strip = recipe.search.score.crop_px, recipe.model.codec.factor, recipe.data.validation_px
+    if crop % factor:
+        yield Broken("search.score.crop_px", crop, f"a multiple of model.codec.factor, {factor}")
+    if 0 < strip < crop:
+        yield Broken("search.score.crop_px", crop, f"at most data.validation_px, {strip}")
+
+
+def _rungs_can_go_on(recipe: Recipe) -> Iterator[Broken]:
+    """A cosine would have fallen to 0 at the end of the first rung."""
+    if recipe.search is not None and len(recipe.search.rungs) > 1 and recipe.experts.train.schedule != "constant":
+        rule = "constant where search.rungs has several: training goes on from the rung before"
+        yield Broken("experts.train.schedule", recipe.experts.train.schedule, rule)
 
 
 def _devices(recipe: Recipe) -> Iterator[Broken]:

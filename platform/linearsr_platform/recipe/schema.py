@@ -18,6 +18,7 @@ from linearsr.config import (
     FlowConfig,
     SamplerConfig,
 )
+from linearsr.experts import EFFECTIVE_LOG_SNR
 from linearsr.guard import GuardConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -28,8 +29,12 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="letters, digits, - and _, not starting with - or _")]
 
 
+Experts = Annotated[int, Field(ge=1, le=6)]
+
 STAGE_NAMES = ("prepare", "pretrain", "experts", "finetune", "assemble", "evaluate", "register", "promote")
 """Stages of a run, in order."""
+SEARCH_STAGE_NAMES = ("prepare", "pretrain", "profile", "trials", "finalists")
+"""Stages of a search, in order."""
 TRAINING_STAGES = ("pretrain", "experts.train", "finetune.train")
 """Dotted keys of the stages that train."""
 
@@ -184,7 +189,8 @@ class ExpertsSection(Section):
     """The log-SNR experts."""
 
     boundaries: tuple[float, ...] | Literal["bisection"] = "bisection"
-    """Ascending noise levels, or the hierarchical bisection with `anchor`."""
+    """Ascending noise levels, or the hierarchical bisection with `anchor`. `from:NAME` in a recipe or `--set` stands for the numbers
+    that the search NAME under the same storage root has found."""
     anchor: Annotated[float, Field(gt=0, lt=1)] = 0.875
     """Noise level that splits structure from detail. LinearSR, Wan2.2."""
     overlap_log_snr: NotNegative = 0.25
@@ -200,6 +206,67 @@ class FinetuneSection(Section):
     subset: Literal["high-quality", "train"] = "high-quality"
     """Which split feeds it."""
     train: TrainConfig
+
+
+class ProfileSection(Section):
+    """The profiling pass over the pre-trained network: what its gradients say about the noise axis. Source: method.md 5.3."""
+
+    levels: Annotated[int, Field(ge=8, le=256)] = 64
+    """Levels that the range of log-SNR is divided into."""
+    samples: Annotated[int, Field(ge=4)] = 32
+    """Gradients a level; the error falls with their root."""
+    crops: Count = 4
+    """Training crops a gradient."""
+
+
+class ScoreSection(Section):
+    """How a trial is scored: its experts together restore held-back crops as a release would."""
+
+    crops: Count = 32
+    """Crops from the held-back strips; the same noise and degradation for every trial."""
+    crop_px: Count = 128
+    batch_size: Count = 8
+    steps: Count = 12
+    """Sampler steps on the shifted uniform grid; `sampler` gives the rest. Enough that every expert is asked."""
+
+
+class FinalistsSection(Section):
+    """What is trained anew at the end, through the same trainers as a run, to tell a win from noise."""
+
+    top: Count = 2
+    """Best trials that are repeated, beside the paper's boundaries, uniform ones and a single expert."""
+    seeds: Annotated[int, Field(ge=2)] = 3
+    """Trainings of each with other seeds; none of them the search's own."""
+
+
+class SearchSection(Section):
+    """The search over expert boundaries. Source: method.md part 5."""
+
+    parent: Name | None = None
+    """Run under the same storage root whose pre-trained network is taken; unset pre-trains here."""
+    experts: Annotated[tuple[Experts, ...], Field(min_length=1)] = (4,)
+    """How many experts a trial may have."""
+    log_snr: tuple[float, float] = EFFECTIVE_LOG_SNR
+    """Range in which boundaries may lie."""
+    step_log_snr: Positive = 0.25
+    """Boundaries lie on a grid of this step, so that the same intervals come again and need not be trained again."""
+    min_width_log_snr: Positive = 0.5
+    """Least width of an expert's interval."""
+    trials: Count = 16
+    """Boundaries that are tried, the proposals among them. More may be asked for later: the search goes on where it was."""
+    rungs: Annotated[tuple[Count, ...], Field(min_length=1)] = (200, 400)
+    """Optimizer steps of all experts of a trial together, ascending; after each rung but the last the worse trials stop."""
+    reduction: Annotated[float, Field(gt=1)] = 2.0
+    """One in this many trials goes on to the next rung."""
+    metric: str = "psnr_y"
+    """Metric of the scores, one of `validation.metrics`."""
+    max_concurrent: Count | None = None
+    """Trials at once at most; unset takes as many as the cluster has room for."""
+    seed: int = 0
+    """Of the searcher and of the experts' training."""
+    profile: ProfileSection = ProfileSection()
+    score: ScoreSection = ScoreSection()
+    finalists: FinalistsSection = FinalistsSection()
 
 
 class EvaluateSection(Section):
@@ -272,6 +339,8 @@ class Recipe(Section):
     sampler: SamplerConfig = SamplerConfig()
     evaluate: EvaluateSection = EvaluateSection()
     promote: PromoteSection = PromoteSection()
+    search: SearchSection | None = None
+    """Read by `linearsr search` alone."""
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 

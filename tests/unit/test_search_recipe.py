@@ -1,0 +1,86 @@
+"""Recipes of searches: what they extend, what a search found, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from linearsr_platform.cluster.capacity import Room, Share, trials_at_once
+from linearsr_platform.errors import RecipeErrors, UserError
+from linearsr_platform.recipe.load import load_recipe
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+SEARCH = str(PIPELINES / "search_boundaries.yaml")
+
+
+def problems(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeErrors) as caught:
+        load_recipe(path, None, overrides)
+    return [str(problem) for problem in caught.value.errors]
+
+
+def test_a_recipe_changes_what_it_extends_and_nothing_else() -> None:
+    base, search = load_recipe(str(PIPELINES / "quickstart.yaml")), load_recipe(SEARCH)
+    changed = {key for key in base.resolved if base.resolved[key] != search.resolved[key]}
+    assert changed == {"name", "search"}
+
+
+def test_a_mistake_in_the_extended_recipe_is_reported_there(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text((PIPELINES / "smoke.yaml").read_text().replace("crops_per_image: 2", "crops_per_image: 0"))
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nname: top\n")
+    (first, *_) = problems(str(tmp_path / "top.yaml"))
+    assert "base.yaml:" in first
+    assert "crops_per_image: got 0" in first
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("extends: nowhere.yaml\n", "there is no such file"),
+        ("extends: top.yaml\n", "a recipe that does not extend this one"),
+        ("extends: 3\n", "the path of a recipe, relative to this one"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, rule: str) -> None:
+    (tmp_path / "top.yaml").write_text(text)
+    assert any(rule in problem for problem in problems(str(tmp_path / "top.yaml")))
+
+
+def test_what_a_search_found_becomes_numbers_of_the_recipe(tmp_path: Path) -> None:
+    found = tmp_path / "runs" / "mine"
+    found.mkdir(parents=True)
+    (found / "boundaries.yaml").write_text("# Found by the search mine.\nexperts:\n  boundaries: [0.25, 0.75]\n")
+    storage = f"storage={tmp_path / 'runs'}"
+    loaded = load_recipe(str(PIPELINES / "quickstart.yaml"), None, [storage, "experts.boundaries=from:mine"])
+    assert loaded.recipe.experts.boundaries == (0.25, 0.75)
+    assert loaded.hash == load_recipe(str(PIPELINES / "quickstart.yaml"), None, [storage, "experts.boundaries=[0.25, 0.75]"]).hash
+    (problem,) = problems(str(PIPELINES / "quickstart.yaml"), storage, "experts.boundaries=from:yours")
+    assert f"expected from:NAME of a search that has ended under {tmp_path / 'runs'} (mine)" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("search.rungs=[200, 100]", "search.rungs: got [200, 100]; expected strictly ascending steps"),
+        ("search.rungs=[2, 100]", "at least 4: one for each expert"),
+        ("search.metric=fsim", 'search.metric: got "fsim"; expected one of validation.metrics'),
+        ("search.min_width_log_snr=5", "at most 3.98: 4 experts share 15.93 in log-SNR"),
+        ("search.experts=[7]", "a whole number >= 1 and <= 6"),
+        ("search.score.crop_px=256", "at most data.validation_px, 128"),
+        ("experts.train.schedule=cosine", "constant where search.rungs has several"),
+        ("search.finalists.seeds=1", "a whole number >= 2"),
+    ],
+)
+def test_what_could_not_work_is_refused_before_anything_starts(override: str, told: str) -> None:
+    assert any(told in problem for problem in problems(SEARCH, override))
+
+
+def test_trials_at_once_are_counted_from_the_cluster_and_one_too_many_is_refused_with_the_arithmetic() -> None:
+    machines = (Share(cpus=4, gpus=1), Share(cpus=2))
+    assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=None) == 3
+    assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=2) == 2
+    assert trials_at_once(Share(cpus=1, gpus=1), Room(nodes=machines), wanted=None) == 1
+    assert trials_at_once(Share(cpus=1), Room(nodes=machines, memory_bytes=2e9), wanted=None) == 2
+    with pytest.raises(
+        UserError, match=r"a trial, which takes 5 CPUs on one machine .* machines have 4 CPUs and 1 GPUs, 2 CPUs; .* fix: lower"
+    ):
+        trials_at_once(Share(cpus=5), Room(nodes=machines), wanted=None)
