@@ -9,11 +9,13 @@ from linearsr_platform.cli.missing import exit_naming_extra
 try:
     import typer
 
+    from linearsr_platform.cli.boundaries import boundaries
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import models, promote
     from linearsr_platform.cli.run import run
+    from linearsr_platform.cli.search import search
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
     exit_naming_extra(error)
@@ -27,8 +29,10 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
     "run": run,
+    "search": search,
     "upscale": upscale,
     "knee": knee,
+    "boundaries": boundaries,
     "models": models,
     "promote": promote,
 }

@@ -22,6 +22,12 @@ def check(
         stage = loaded.recipe.training_stage(where)
         budget = f"at most {stage.max_steps} steps" + (f" or {stage.max_seconds:g} s" if stage.max_seconds else "")
         rows[where] = f"{budget}, {stage.workers} worker{'s' if stage.workers > 1 else ''}, ZeRO {stage.zero.stage}"
+    search = loaded.recipe.search
+    if search is not None:
+        experts = " or ".join(map(str, search.experts))
+        rows["search"] = (
+            f"{search.trials} trials of {experts} experts, rungs of {', '.join(map(str, search.rungs))} steps, by {search.metric}"
+        )
     rows["model"] = loaded.recipe.model_name
     rows["results"] = storage.absolute(loaded.recipe.storage)
     typer.echo(f"{recipe} is valid")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from linearsr_platform.stages.context import RunContext
 
 
+SEARCH_RUN = "search-run.json"
+"""File in a search's folder that names its MLflow run, and whether it has come to its end."""
+
+
 def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
     """Run all stages, then write the report, also when a stage failed."""
     quiet_libraries(verbose=verbose)
@@ -39,8 +43,43 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> No
     _say_where_to_look(context)
 
 
-def open_context(loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, *, verbose: bool) -> "RunContext":
-    """Connect tracking and prepare, without starting it, the cluster."""
+def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
+    """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
+    quiet_libraries(verbose=verbose)
+    from linearsr_platform.cli.search_table import print_search
+    from linearsr_platform.stages.preflight import check_before_start
+    from linearsr_platform.stages.search import run_search, write
+
+    started = datetime.now().astimezone()
+    check_before_start(loaded.recipe)
+    with ExitStack() as closing, make_display() as display:
+        record = storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name, SEARCH_RUN)
+        context = open_context(loaded, display, closing, verbose=verbose, run_id=_interrupted_run(record))
+        storage.write_json(record, {"run_id": context.pipeline_run.run_id, "finished": False})
+        with context.pipeline_run:
+            storage.write_json(storage.join(context.run_url, "recipe.json"), {"hash": loaded.hash, **loaded.resolved})
+            run_search(context, redo_from=redo_from, records=[])
+            report = write(context, started=started, seconds=(datetime.now().astimezone() - started).total_seconds())
+        storage.write_json(record, {"run_id": context.pipeline_run.run_id, "finished": True})
+    print_search(report)
+    for label, value in (
+        ("report", storage.join(context.run_url, "search.html")),
+        ("use it", f"linearsr run RECIPE --set experts.boundaries=from:{loaded.recipe.name}"),
+        ("MLflow", f"mlflow ui --backend-store-uri {context.tracker.uri}"),
+    ):
+        typer.echo(f"{label:<9} {value}")
+
+
+def _interrupted_run(record: str) -> str | None:
+    """Return the MLflow run of a search that did not come to its end, by the file that it keeps; None if there is none."""
+    value = storage.read_json(record) if storage.exists(record) else None
+    return str(value["run_id"]) if isinstance(value, dict) and not value["finished"] else None
+
+
+def open_context(
+    loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, *, verbose: bool, run_id: str | None = None
+) -> "RunContext":
+    """Connect tracking and prepare, without starting it, the cluster; `run_id` is a pipeline's run to go on with."""
     from linearsr_platform.cluster.session import cluster_session
     from linearsr_platform.stages.context import RunContext
     from linearsr_platform.tracking.runs import Tracker
@@ -53,7 +92,10 @@ def open_context(loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, 
         recipe.tracking.experiment or recipe.name,
         artifact_root=default_artifact_root(root),
     )
-    pipeline_run = tracker.start_pipeline(recipe.name, tags={"recipe_hash": loaded.hash}, params=loaded.resolved)
+    if run_id is None:
+        pipeline_run = tracker.start_pipeline(recipe.name, tags={"recipe_hash": loaded.hash}, params=loaded.resolved)
+    else:
+        pipeline_run = tracker.resume(run_id)
     pipeline_run.log_dict(loaded.resolved, "recipe.json")
     opened = False
 

@@ -1,8 +1,12 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
+
+from linearsr_platform.errors import UserError
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Profile = Annotated[str | None, typer.Option("--profile", metavar="FILE", help="Settings of the place it runs at, merged over the recipe.")]
@@ -15,3 +19,16 @@ Overrides = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and the logs of libraries.")]
+
+
+def known_stage(name: str | None, stages: Sequence[str]) -> str | None:
+    """Return what `--from` names.
+
+    Raises:
+        UserError: if there is no such stage; with the nearest name.
+    """
+    if name is None or name in stages:
+        return name
+    near = get_close_matches(name, stages, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"--from: got {name!r}; expected one of {', '.join(stages)}{hint}")

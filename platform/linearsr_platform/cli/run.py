@@ -1,12 +1,10 @@
 """`linearsr run`: a whole recipe, from photographs to a released model."""
 
-import difflib
 from typing import Annotated
 
 import typer
 
-from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose
-from linearsr_platform.errors import UserError
+from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose, known_stage
 from linearsr_platform.recipe.schema import STAGE_NAMES
 
 
@@ -23,10 +21,7 @@ def run(
     from linearsr_platform.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, profile, overrides or [])
-    if redo_from is not None and redo_from not in STAGE_NAMES:
-        near = difflib.get_close_matches(redo_from, STAGE_NAMES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--from: got {redo_from!r}; expected one of {', '.join(STAGE_NAMES)}{hint}")
+    from_stage = known_stage(redo_from, STAGE_NAMES)
     from linearsr_platform.cli.execute import execute
 
-    execute(loaded, redo_from=redo_from, verbose=verbose)
+    execute(loaded, redo_from=from_stage, verbose=verbose)

@@ -59,6 +59,25 @@ def require_room(jobs: Sequence[TrainJob], share: Share, room: Room) -> None:
             )
 
 
+def trials_at_once(share: Share, room: Room, *, wanted: int | None) -> int:
+    """Return how many trials of a search run at once: what there is room for, and at most `wanted`. A trial is one process.
+
+    Raises:
+        UserError: with the arithmetic, if not even one has room.
+    """
+    by_memory = room.memory_bytes // WORKER_BYTES if room.memory_bytes is not None else None
+    most = room.workers(share) if by_memory is None else min(room.workers(share), int(by_memory))
+    if most < 1:
+        machines = ", ".join(str(node) for node in room.nodes)
+        memory = "" if room.memory_bytes is None else f" and {room.memory_bytes / 1e9:.1f} GB of memory"
+        raise UserError(
+            f"search: got no room for a trial, which takes {share} on one machine and {WORKER_BYTES / 1e9:.1f} GB, on a cluster whose "
+            f"machines have {machines}{memory}; expected room for one; fix: lower cluster.cpus_per_worker or cluster.gpus_per_worker, "
+            "or raise cluster.num_cpus"
+        )
+    return most if wanted is None else min(most, wanted)
+
+
 def fits(job: TrainJob, running: Sequence[TrainJob], share: Share, room: Room) -> bool:
     """Tell whether a job has room beside those that run. One job alone always has, as far as memory goes."""
     workers = sum(other.train.workers for other in (job, *running))

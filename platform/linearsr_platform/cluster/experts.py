@@ -79,7 +79,7 @@ def fit_all(
             results[job.name] = outcome
             storage.remove(storage.join(storage_url, run_name(job)))
     if queue:
-        room = _room(cluster)
+        room = room_of(cluster)
         if cluster.address is None:
             require_room(queue, share, room)
         _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
@@ -151,8 +151,8 @@ def _train(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: Progr
         return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError))
 
 
-def _room(cluster: ClusterConfig) -> Room:
-    """Return what the cluster has; memory only of a local one, whose trainers share it with nobody."""
+def room_of(cluster: ClusterConfig) -> Room:
+    """Return what the connected cluster has; memory only of a local one, whose trainers share it with nobody."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     shares = tuple(Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0)) for resources in nodes)
     memory_bytes = sum(resources.get("memory", 0.0) for resources in nodes) if cluster.address is None else None

@@ -31,6 +31,13 @@ ALWAYS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # A worker that asked for no GPU does not see any; Ray by itself lets it see all.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # DeepSpeed refuses to start without it; Ray Train sets it anew in its workers, a lone process of another kind has nobody who does.
+    "LOCAL_RANK": "0",
+    # Tune by itself prints what it is about to do and every error, writes results into three kinds of log, and swallows Ctrl-C.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 LOCAL_TRAIN = {
     # Ray Train's default of 2 s between polls is 2 s at the end of every trainer and at every checkpoint.

@@ -31,10 +31,17 @@ def train_worker(config: dict[str, Any]) -> None:
         config: `job`, a reference to a `TrainJob`; `board`, the `ProgressBoard`; `threads` for torch.
     """
     torch.set_num_threads(config["threads"])
-    # DeepSpeed imports mlflow if it can, only for its autotuner: 1.5 CPU seconds and 130 MB a worker. Workers never use it.
-    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    keep_mlflow_out()
     with _TracebackInNotes():
         _train(ray.get(config["job"]), config["board"])
+
+
+def keep_mlflow_out() -> None:
+    """Keep DeepSpeed from importing MLflow in this process, which it does if it can, only for its autotuner.
+
+    It costs 1.5 CPU seconds and 130 MB a worker, and workers never use it.
+    """
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
 
 
 class _TracebackInNotes:
@@ -55,15 +62,7 @@ def _train(job: TrainJob, board: ProgressBoard) -> None:
 
     context = ray.train.get_context()
     task = job.build_task()
-    batches = CropReader(
-        job.train_shards,
-        task.transform,
-        batch_size=job.train.micro_batch_size,
-        crops_per_image=job.train.crops_per_image,
-        seed=job.seed,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-    )
+    batches = crop_reader(job, task, rank=context.get_world_rank(), world_size=context.get_world_size())
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
     checkpoint = ray.train.get_checkpoint()
@@ -74,7 +73,21 @@ def _train(job: TrainJob, board: ProgressBoard) -> None:
             step, trips = parse_checkpoint_name(PurePosixPath(checkpoint.path).name)
         observer = BoardObserver(board, job.name, trips)
         observer.on_start(step)
-        run_training(engine, cast("BatchSource", batches), validation, job, observer, resume=resume)
+        run_training(engine, batches, validation, job, observer, resume=resume)
+
+
+def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int) -> BatchSource:
+    """Return the micro-batches of one of a job's workers."""
+    reader = CropReader(
+        job.train_shards,
+        task.transform,
+        batch_size=job.train.micro_batch_size,
+        crops_per_image=job.train.crops_per_image,
+        seed=job.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    return cast("BatchSource", reader)
 
 
 def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[str]) -> list[Batch]:

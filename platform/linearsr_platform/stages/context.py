@@ -1,15 +1,16 @@
 """What every stage is given, what it returns, and who it tells about progress."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from linearsr_platform import storage
 from linearsr_platform.recipe.load import LoadedRecipe
 from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.report.search_model import TrialRow
 from linearsr_platform.tracking.runs import TrackedRun, Tracker
 
-EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "end", "state"]
+EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "end", "doing", "state"]
 
 
 class Display(Protocol):
@@ -44,6 +45,9 @@ class Display(Protocol):
         state: str | None = None,
     ) -> None:
         """A trainer reported metrics, a validation, a checkpoint, a trip of the guard or a change of state."""
+
+    def trials(self, rows: Sequence[TrialRow], *, total: int, left_s: float | None, best: TrialRow | None) -> None:
+        """The trials of a search are now like this; `left_s` is about how long the rest takes."""
 
     def message(self, text: str) -> None:
         """Something worth a line of its own."""
@@ -132,3 +136,5 @@ class Stage:
     """What else decides its result, as JSON."""
     run: Callable[[RunContext, str, TrackedRun], StageOutput]
     """Does the work: context, folder of the stage, its MLflow run."""
+    suffices: Callable[[RunContext, StageResult], bool] = lambda context, found: True
+    """Tells whether a result that is there is enough; where it is not, `run` goes on in the same folder."""

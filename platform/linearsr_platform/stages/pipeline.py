@@ -6,6 +6,7 @@ that key, so a finished stage is found again, and a changed setting makes a new 
 
 import sys
 import time
+from collections.abc import Mapping
 
 from linearsr_platform import storage
 from linearsr_platform.recipe.identity import stable_hash
@@ -33,28 +34,39 @@ STAGES: dict[str, Stage] = {
 
 
 def run_pipeline(context: RunContext, *, redo_from: str | None = None, records: list[StageRecord]) -> None:
+    """Run every stage of a recipe; see `run_stages`."""
+    run_stages(context, STAGES, redo_from=redo_from, records=records)
+
+
+def run_stages(context: RunContext, stages: Mapping[str, Stage], *, redo_from: str | None, records: list[StageRecord]) -> None:
     """Run every stage that is not done, in order; what happened is appended to `records` as it happens.
 
     Args:
         context: the run.
+        stages: by name; those that they need are among them, or have results in the context.
         redo_from: name of the first stage to do again even if it is done.
         records: filled also when a stage fails.
     """
     redoing = False
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
         redoing = redoing or name == redo_from
         key = stage_key(context, name, stage)
-        url = storage.join(context.run_url, f"{name}-{key[:12]}")
+        url = stage_url(context.run_url, name, key)
         if redoing:
             storage.remove(url)
         found = StageResult.read(url)
-        if found is not None:
+        if found is not None and stage.suffices(context, found):
             context.results[name] = found
             records.append(StageRecord(name=name, status="skipped", seconds=0.0, summary=found.summary))
             context.pipeline_run.mark_skipped(name, f"done in run {found.run_id}")
             context.display.stage_skipped(name, found.summary)
             continue
         _run_stage(context, name, stage, key, url, records)
+
+
+def stage_url(run_url: str, name: str, key: str) -> str:
+    """Return the folder of a stage's artifacts inside a run's."""
+    return storage.join(run_url, f"{name}-{key[:12]}")
 
 
 def stage_key(context: RunContext, name: str, stage: Stage) -> str:

@@ -208,6 +208,14 @@ class Tracker:
         """Start the run of a stage, nested in a pipeline's."""
         return self._start(stage, {PARENT_TAG: parent_id, "kind": "stage", "stage": stage}, params or {})
 
+    def find_stage_run(self, parent_id: str, stage: str) -> TrackedRun | None:
+        """Return the run of a stage that a pipeline's run has already, or None."""
+        with mlflow_errors(f"looking for run {stage!r}"):
+            found = self.client.search_runs(
+                [self.experiment_id], filter_string=f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.stage = '{stage}'", max_results=1
+            )
+        return TrackedRun(self.client, found[0].info.run_id, clock=self._clock) if found else None
+
     def resume(self, run_id: str) -> TrackedRun:
         """Open an existing run again; it counts as running until it is finished.
 

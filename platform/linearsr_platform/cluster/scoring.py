@@ -1,0 +1,87 @@
+"""The score of several experts together: they restore held-back crops as a release would, and each crop is measured."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from linearsr.config import SamplerConfig
+from linearsr.metrics import Meter
+from linearsr.model import SuperResolver
+from linearsr.routed import RoutedSampler
+from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
+from linearsr_platform import storage
+from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.worker import validation_batches
+from linearsr_platform.recipe.schema import ScoreSection, ValidationConfig
+
+PROTOCOL = "quickstart"
+"""Metric protocol of scores, that of validation during training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is the same for all trials of a search; picklable."""
+
+    task: TaskConfig
+    sampler: SamplerConfig
+    """Its times and number of steps are those of `section`."""
+    section: ScoreSection
+    shards: tuple[str, ...]
+    """With the held-back crops."""
+
+    def measure(self, weights: Sequence[str], boundaries: Sequence[float]) -> dict[str, list[float]]:
+        """Return every metric of every crop.
+
+        Args:
+            weights: URLs of the experts' weights, noisiest first.
+            boundaries: ascending noise levels between them.
+        """
+        config = self.section
+        crops = ValidationConfig(crops=config.crops, crop_px=config.crop_px, batch_size=config.batch_size)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, self.sampler)
+        meter = Meter(self.task.metrics, PROTOCOL, self.task.metric_weights)
+        values: dict[str, list[float]] = {name: [] for name in self.task.metrics}
+        for batch in validation_batches(SuperResolutionTask(self.task), crops, self.shards):
+            moved = {name: value.to(device) for name, value in batch.items()}
+            for name, measured in meter.measure(self._restore(routed, moved), moved["hr"].float() / 255).items():
+                values[name] += measured.double().tolist()
+        return values
+
+    @torch.inference_mode()
+    def _restore(self, routed: RoutedSampler, batch: dict[str, Tensor]) -> Tensor:
+        clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), batch["tags"], self.section.steps)
+        return routed.experts[0].space.decode(clean) / 2 + 0.5
+
+    def _expert(self, url: str, device: torch.device) -> SuperResolver:
+        expert = SuperResolver(self.task.model, self.task.statistics)
+        with ExitStack() as stack:
+            expert.load_state_dict(load_file(stack.enter_context(storage.local_path(url))))
+        return expert.to(device).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Experts to score."""
+
+    boundaries: tuple[float, ...]
+    weights: tuple[str, ...]
+
+
+def measure_all(scoring: Scoring, candidates: Sequence[Candidate], share: Share) -> list[dict[str, list[float]]]:
+    """Score candidates on the cluster, as many at once as there is room for, each with a worker's share; in their order."""
+    task = _measure.options(num_cpus=share.cpus, num_gpus=share.gpus)
+    shared = ray.put(scoring)
+    results: list[dict[str, list[float]]] = ray.get([task.remote(shared, one, max(1, int(share.cpus))) for one in candidates])
+    return results
+
+
+@ray.remote(max_retries=2)
+def _measure(scoring: Scoring, candidate: Candidate, threads: int) -> dict[str, list[float]]:
+    torch.set_num_threads(threads)
+    return scoring.measure(candidate.weights, candidate.boundaries)

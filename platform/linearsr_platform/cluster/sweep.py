@@ -1,0 +1,121 @@
+"""Ray Tune over boundaries: as many trials at once as there is room for, and an observer that is told everything."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from linearsr_platform import storage
+from linearsr_platform.cluster.board import Event, ProgressBoard
+from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.experts import POLL_S
+from linearsr_platform.cluster.trial import BoundaryTrial, TrialPlan
+from linearsr_platform.cluster.warm import Claims
+
+
+class SweepObserver(Protocol):
+    """Who is told how a sweep goes; in the driver, one call at a time. Trials are known by Tune's ids."""
+
+    def on_start(self, trial: str, config: Mapping[str, Any]) -> None:
+        """A trial begins with what the searcher suggested, or begins anew after its process was lost."""
+
+    def on_result(self, trial: str, result: Mapping[str, Any]) -> None:
+        """A trial has reached a rung; see `BoundaryTrial.step`."""
+
+    def on_end(self, trial: str) -> None:
+        """A trial is at its last rung, or the scheduler has stopped it."""
+
+    def on_failure(self, trial: str, reason: str) -> None:
+        """A trial has failed for good."""
+
+    def on_poll(self, events: list[Event]) -> None:
+        """Called about three times a second with what trials say they are doing."""
+
+
+def run_sweep(
+    plan: TrialPlan,
+    *,
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    trials: int,
+    concurrent: int,
+    share: Share,
+    max_failures: int,
+    storage_url: str,
+    board: ProgressBoard,
+    observer: SweepObserver,
+) -> None:
+    """Run trials until `trials` of them have ended or failed.
+
+    Args:
+        plan: what all trials have in common.
+        searcher: suggests boundaries.
+        scheduler: stops bad ones at a rung.
+        trials: how many.
+        concurrent: how many at once; see `capacity.trials_at_once`.
+        share: what a trial reserves.
+        max_failures: how often a trial may be started again after its process was lost or it raised an error.
+        storage_url: folder for Tune's own notes, which nothing depends on.
+        board: that trials write to.
+        observer: who is told.
+    """
+    claims = Claims.start()
+    try:
+        trainable = tune.with_parameters(BoundaryTrial, plan=plan, board=board, claims=claims)
+        tune.Tuner(
+            tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, scheduler=scheduler, num_samples=trials, max_concurrent_trials=concurrent, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=storage.absolute(storage_url),
+                # Trained experts are kept in the store; a trial itself has nothing to save.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[_Teller(observer, board, claims)],
+                verbose=0,
+            ),
+        ).fit()
+    finally:
+        claims.close()
+
+
+class _Teller(tune.Callback):
+    """Passes on what Tune says, and gives up the claims of trials that can no longer do so."""
+
+    def __init__(self, observer: SweepObserver, board: ProgressBoard, claims: Claims) -> None:
+        self._observer, self._board, self._claims = observer, board, claims
+        self._polled_s = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep nothing: Tune pickles its callbacks for a way of resuming that is not used, and the observer belongs to this process."""
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        now_s = time.monotonic()
+        if now_s - self._polled_s >= POLL_S:
+            self._polled_s = now_s
+            self._observer.on_poll(self._board.drain())
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._observer.on_start(trial.trial_id, trial.config)
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        self._observer.on_result(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._observer.on_end(trial.trial_id)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._claims.release(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._claims.release(trial.trial_id)
+        error = trial.get_error()
+        lines = str(error).strip().splitlines()
+        self._observer.on_failure(trial.trial_id, lines[-1] if lines else type(error).__name__)

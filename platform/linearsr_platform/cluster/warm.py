@@ -1,0 +1,174 @@
+"""Training experts in a process that is already warm, through the loop of a real run, and the store in which they are found again.
+
+A trainer of Ray Train costs about 13 CPU seconds to start and stop, more than a trial's training. Processes that stay pay that once.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import TypeAdapter
+
+from linearsr.guard import Trip
+from linearsr.knee import KneeDecision
+from linearsr_platform import storage
+from linearsr_platform.cluster.record import claim_folder, finished_outcome
+from linearsr_platform.cluster.worker import crop_reader, keep_mlflow_out, validation_batches
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.train.job import TrainJob
+from linearsr_platform.train.outcome import TrainOutcome
+
+OnExpert = Callable[[int | None], None]
+
+CHECKPOINT = "checkpoint"
+"""Folder of the last checkpoint beside an expert's outcome, for a longer training to go on from."""
+WAIT_S = 0.3
+"""Time between two looks at an expert that another trial is training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertStore:
+    """What the experts of a search have in common, and where the trained ones are."""
+
+    template: TrainJob
+    """An expert's job without name, interval, steps, seed and folder; trained by one worker."""
+    url: str
+    """Folder of all trained experts, each under the hash of everything that decides its weights."""
+
+    def job(self, interval: tuple[float, float], *, steps: int, seed: int) -> TrainJob:
+        """Describe the training of one expert; the same arguments give the same name and folder."""
+        # Measured at the start, which the guard needs, and at the end: a trial is judged by its experts together.
+        train = self.template.train.model_copy(update={"max_steps": steps, "validate_every": steps, "checkpoint_every": steps})
+        task_config: Any = self.template.task_config
+        job = replace(self.template, train=train, task_config=replace(task_config, interval=interval), seed=seed)
+        content = TypeAdapter(TrainJob).dump_python(job, mode="json", exclude={"name", "output_url"})
+        name = f"expert-{stable_hash(content)[:16]}"
+        return replace(job, name=name, output_url=storage.join(self.url, name))
+
+
+def train_here(job: TrainJob, *, before: TrainJob | None = None) -> TrainOutcome:
+    """Train a job in this process as its only worker; one that was trained before is not trained again.
+
+    Args:
+        job: what to do; of one worker.
+        before: the same training with fewer steps; if its last checkpoint is in the store, this one goes on from there.
+    """
+    outcome = finished_outcome(job)
+    if outcome is not None:
+        return outcome
+    # After mlflow was put out of DeepSpeed's reach.
+    keep_mlflow_out()
+    from linearsr_platform.train.engine import DeepSpeedEngine
+    from linearsr_platform.train.loop import run_training
+
+    claim_folder(job)
+    task = job.build_task()
+    batches = crop_reader(job, task, rank=0, world_size=1)
+    validation = validation_batches(task, job.validation, job.validation_shards)
+    engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
+    try:
+        with ExitStack() as stack:
+            resume = None
+            if before is not None and finished_outcome(before) is not None:
+                checkpoint = storage.join(before.output_url, CHECKPOINT)
+                # An expert that came from a trainer of Ray Train has none here.
+                if storage.exists(checkpoint):
+                    resume = stack.enter_context(storage.local_path(checkpoint))
+            return run_training(engine, batches, validation, job, _CheckpointKeeper(job.output_url), resume=resume)
+    finally:
+        engine.close()
+
+
+class _CheckpointKeeper:
+    """Satisfies `train.protocols.Observer`: keeps the last checkpoint in the store and tells nobody anything."""
+
+    def __init__(self, output_url: str) -> None:
+        self._url = storage.join(output_url, CHECKPOINT)
+
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
+        pass
+
+    def on_trip(self, step: int, trip: Trip) -> None:
+        pass
+
+    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
+        storage.remove(self._url)
+        storage.copy_tree(str(folder), self._url)
+        storage.remove(str(folder))
+
+
+class Claims:
+    """Handle of the list of experts that somebody is training, so that nobody else does; picklable."""
+
+    def __init__(self, actor: Any) -> None:
+        """Wrap a running actor; use `start`."""
+        self._actor = actor
+
+    @classmethod
+    def start(cls) -> "Claims":
+        """Start an empty list."""
+        return cls(ray.remote(_Claims).options(num_cpus=0).remote())
+
+    def take(self, name: str, owner: str) -> bool:
+        """Claim an expert for a trial; False if another one has it."""
+        return bool(ray.get(self._actor.take.remote(name, owner)))
+
+    def release(self, owner: str) -> None:
+        """Give up all claims of a trial."""
+        ray.get(self._actor.release.remote(owner))
+
+    def close(self) -> None:
+        """Stop the list's process."""
+        ray.kill(self._actor)
+
+
+class _Claims:
+    """The actor's state."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def take(self, name: str, owner: str) -> bool:
+        return self._owners.setdefault(name, owner) == owner
+
+    def release(self, owner: str) -> None:
+        self._owners = {name: other for name, other in self._owners.items() if other != owner}
+
+
+def train_all(
+    jobs: Sequence[TrainJob], before: Sequence[TrainJob | None], *, claims: Claims, owner: str, on_expert: OnExpert
+) -> list[TrainOutcome]:
+    """Train the experts of one trial one after the other, those that nobody else is at first.
+
+    A trial holds one claim at a time and none while it waits, so that two of them never wait for each other.
+
+    Args:
+        jobs: one for each expert, noisiest first.
+        before: for each the same training with fewer steps, or None.
+        claims: of all trials.
+        owner: id of this trial.
+        on_expert: called with the number of an expert before it is trained, and with None while waiting.
+    """
+    outcomes: dict[int, TrainOutcome] = {}
+    while len(outcomes) < len(jobs):
+        open_jobs = [index for index in range(len(jobs)) if index not in outcomes]
+        found = {index: outcome for index in open_jobs if (outcome := finished_outcome(jobs[index])) is not None}
+        outcomes |= found
+        mine = next((index for index in open_jobs if index not in found and claims.take(jobs[index].name, owner)), None)
+        if mine is not None:
+            on_expert(mine)
+            try:
+                outcomes[mine] = train_here(jobs[mine], before=before[mine])
+            finally:
+                claims.release(owner)
+        elif len(outcomes) < len(jobs):
+            on_expert(None)
+            time.sleep(WAIT_S)
+    return [outcomes[index] for index in range(len(jobs))]

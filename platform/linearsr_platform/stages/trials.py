@@ -1,0 +1,187 @@
+"""Stage `trials`: Ray Tune over the boundaries, from the proposals on, each trial through the loop of a real run."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from linearsr.metric_table import metric_spec
+from linearsr.noise_profile import NoiseProfile
+from linearsr.partition import CutGrid, Proposal, propose
+from linearsr_platform import storage
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.boundary_search import PastTrial, boundary_search
+from linearsr_platform.cluster.capacity import trials_at_once
+from linearsr_platform.cluster.experts import room_of
+from linearsr_platform.cluster.rungs import rung_scheduler
+from linearsr_platform.cluster.scoring import Candidate, Scoring, measure_all
+from linearsr_platform.cluster.sweep import run_sweep
+from linearsr_platform.cluster.trial import SCORE, TrialPlan
+from linearsr_platform.cluster.warm import ExpertStore
+from linearsr_platform.errors import StageError
+from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.report.search_model import TrialRow, ranked
+from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
+from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of
+from linearsr_platform.stages.ledger import Ledger
+from linearsr_platform.stages.profile import profile_of, section_of, trial_share
+from linearsr_platform.stages.sweep_log import SweepLog
+from linearsr_platform.tracking.runs import TrackedRun
+
+EXPERTS_FOLDER = "trained-experts"
+"""Below a search's folder: every expert that was ever trained for it, by content."""
+
+
+def settings(context: RunContext) -> object:
+    """Return what decides a trial's score; how many trials are wanted does not: more of them continue the search."""
+    dump = context.recipe.model_dump(mode="json")
+    left_out = ("parent", "trials", "max_concurrent", "profile", "finalists")
+    search = {name: value for name, value in dump["search"].items() if name not in left_out}
+    return {"search": search, "train": dump["experts"]["train"], "overlap": dump["experts"]["overlap_log_snr"], "sampler": dump["sampler"]}
+
+
+def suffices(context: RunContext, found: StageResult) -> bool:
+    """Tell whether an earlier search tried as many boundaries as are wanted now."""
+    return int(found.data["trials"]) >= section_of(context).trials
+
+
+def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+    """Try boundaries until the recipe's number of trials has ended; those of an interrupted attempt count."""
+    section, plan, ledger = section_of(context), trial_plan(context), Ledger(storage.join(url, "ledger"))
+    proposals = proposals_of(context)
+    mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
+    context.open_cluster()
+    share = trial_share(context)
+    concurrent = trials_at_once(share, room_of(context.recipe.cluster), wanted=section.max_concurrent)
+    plan = replace(plan, baseline=_baseline(context, plan, url))
+    tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
+    log = SweepLog(context, ledger, plan, proposals, concurrent)
+    log.show()
+    board = ProgressBoard.start()
+    left = section.trials - len(ledger.ended)
+    try:
+        if left > 0:
+            run_sweep(
+                plan,
+                searcher=boundary_search(
+                    plan.grid, section.experts, proposals, metric=SCORE, mode=mode, seed=section.seed, history=_history(ledger)
+                ),
+                scheduler=rung_scheduler(section.rungs, metric=SCORE, mode=mode, reduction=section.reduction, history=_rung_scores(ledger)),
+                trials=left,
+                concurrent=concurrent,
+                share=share,
+                max_failures=context.recipe.experts.train.max_failures,
+                storage_url=storage.join(url, "ray"),
+                board=board,
+                observer=log,
+            )
+    finally:
+        log.close()
+        board.close()
+    storage.remove(storage.join(url, "ray"))
+    rows = ledger.rows(section.rungs, {})
+    best = best_of(rows, higher_is_better=mode == "max")
+    trained, cached = sum(row.trained for row in rows), sum(row.cached for row in rows)
+    tracked.log_metrics(
+        0,
+        {
+            "score": best.score or 0.0,
+            "start": sum(plan.baseline) / len(plan.baseline),
+            "trained": trained,
+            "cached": cached,
+            "cached_share": cached / (trained + cached),
+        },
+    )
+    failed = sum(row.state == "failed" for row in rows)
+    summary = (
+        f"{len(rows)} trials, best {best.name} {section.metric} {best.score:.4g}, {cached / (trained + cached):.0%} of trainings saved"
+    )
+    return StageOutput(summary + (f", {failed} failed" if failed else ""), {"trials": len(ledger.ended), "best": best.name})
+
+
+def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ...]:
+    """Return what the pre-trained network alone makes of every crop, measured once."""
+    file = storage.join(url, "baseline.json")
+    if not storage.exists(file):
+        weights = plan.store.template.init_weights
+        assert weights is not None  # noqa: S101 (experts start from the pre-trained network)
+        (measured,) = measure_all(plan.scoring, [Candidate(boundaries=(), weights=(weights,))], trial_share(context))
+        storage.write_json(file, measured)
+    found: Any = storage.read_json(file)
+    return tuple(found[plan.metric])
+
+
+def best_of(rows: list[TrialRow], *, higher_is_better: bool) -> TrialRow:
+    """Return the best trial.
+
+    Raises:
+        StageError: if none has a score; with the first reason.
+    """
+    best = next((row for row in ranked(rows, higher_is_better) if row.has_score), None)
+    if best is None:
+        reason = next((row.reason for row in rows if row.reason), "there are none")
+        raise StageError(
+            f"search: all {len(rows)} trials failed: {reason}; fix the cause and run the same command again with --from trials"
+        )
+    return best
+
+
+def ledger_of(context: RunContext) -> Ledger:
+    """Return the ledger of the finished stage."""
+    return Ledger(storage.join(context.results["trials"].url, "ledger"))
+
+
+def proposals_of(context: RunContext) -> list[Proposal]:
+    """Return the boundaries to begin with, for each number of experts that is allowed."""
+    profile: NoiseProfile = profile_of(context)
+    counts = section_of(context).experts
+    return [proposal for count in counts for proposal in propose(count, profile=profile, grid=grid_of(context))]
+
+
+def grid_of(context: RunContext) -> CutGrid:
+    """Return where boundaries may lie."""
+    section = section_of(context)
+    low, high = section.log_snr
+    return CutGrid(low=low, high=high, step=section.step_log_snr, min_width=section.min_width_log_snr)
+
+
+def trial_plan(context: RunContext) -> TrialPlan:
+    """Describe what all trials have in common."""
+    recipe, section = context.recipe, section_of(context)
+    template = make_job(
+        context,
+        name="expert",
+        url=context.run_url,
+        train=_trial_training(recipe.experts.train),
+        interval=(0.0, 1.0),
+        statistics=statistics_of(context),
+        init_weights=knee_weights(context.results["pretrain"].data["trainers"], "pretrain"),
+    )
+    validation = recipe.validation.model_copy(update={"crops": min(recipe.validation.crops, recipe.validation.batch_size)})
+    sampler = replace(recipe.sampler, num_steps=section.score.steps, times=None)
+    task: Any = template.task_config
+    return TrialPlan(
+        store=ExpertStore(template=replace(template, validation=validation), url=storage.join(context.run_url, EXPERTS_FOLDER)),
+        scoring=Scoring(task=task, sampler=sampler, section=section.score, shards=template.validation_shards),
+        grid=grid_of(context),
+        overlap_log_snr=recipe.experts.overlap_log_snr,
+        rungs=section.rungs,
+        metric=section.metric,
+        seed=section.seed,
+        threads=max(1, int(trial_share(context).cpus)),
+    )
+
+
+def _trial_training(train: TrainConfig) -> TrainConfig:
+    """Return a run's training on one worker with the same batches, for a number of steps that the knee does not cut short."""
+    knee = train.knee.model_copy(update={"stop": False})
+    return train.model_copy(update={"workers": 1, "accumulation": train.workers * train.accumulation, "max_seconds": None, "knee": knee})
+
+
+def _history(ledger: Ledger) -> list[PastTrial]:
+    return [
+        PastTrial(config=record.config, scores=tuple(result.score for result in record.results), ended=record.ended)
+        for record in ledger.records.values()
+    ]
+
+
+def _rung_scores(ledger: Ledger) -> dict[str, dict[int, float]]:
+    return {record.name: {result.steps: result.score for result in record.results} for record in ledger.ended}
