@@ -1,12 +1,16 @@
-"""A search loses its driver three times and a trial's process once: every trial is counted once, and nothing is left running."""
+"""A search on a running cluster loses its driver three times and a trial once: each trial counts once, nothing stays reserved."""
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -15,31 +19,80 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed" / "toy"))
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
-TRIALS, KILLS = 8, 3
+TRIALS, KILLS, CPUS = 8, 3, 2
 TRIAL_PROCESS = "ray::ResourceTrainable"
 """How Ray calls the process of a trial."""
+TOKEN = "0123456789abcdef" * 4
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[str, psutil.Process]]:
+    """A cluster of one machine that nobody's driver has started; its address and its process."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--port={port}",
+        ]
+        command += [f"--num-cpus={CPUS}", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+        command += [f"--dashboard-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
+        with Path(folder, "head.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_TOKEN": TOKEN})
+        try:
+            yield f"127.0.0.1:{port}", psutil.Process(process.pid)
+        finally:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            process.wait(60)
+            for child in psutil.wait_procs(children, timeout=20)[1]:
+                child.kill()
+
+
+FREE = """
+import json, sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+end = time.monotonic() + 60
+while (free := ray.available_resources().get("CPU", 0.0)) < float(sys.argv[2]) and time.monotonic() < end:
+    time.sleep(0.2)
+print(free)
+"""
+
+
+def free_cpus(address: str) -> float:
+    """Return the CPUs that nobody has reserved, once all are free or a minute is over; asked from another process."""
+    told = subprocess.run(
+        [sys.executable, "-c", FREE, address, str(CPUS)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_AUTH_TOKEN": TOKEN},
+    )
+    return float(told.stdout)
 
 
 class Driver:
     """`linearsr search` as a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         command = [str(Path(sys.executable).with_name("linearsr")), "search", str(folder / "tiny.yaml")]
-        command += ["--set", f"storage={folder / 'runs'}", "--set", f"search.trials={TRIALS}"]
-        self.log = (folder / "driver.log").open("a")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        command += ["--set", f"storage={folder / 'runs'}", "--set", f"search.trials={TRIALS}", "--set", f"cluster.address={address}"]
+        with (folder / "driver.log").open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_TOKEN": TOKEN})
 
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self, how: signal.Signals) -> list[psutil.Process]:
-        """Send a signal, wait for the end and return what is still running of its cluster half a minute later."""
-        children = self.children()
+    def end(self, how: signal.Signals) -> None:
+        """Send a signal and wait for the end."""
         self.process.send_signal(how)
-        self.process.wait(60)
-        self.log.close()
-        _, left = psutil.wait_procs(children, timeout=30)
-        return left
+        self.process.wait(90)
 
 
 def wait_for(condition: Callable[[], bool], driver: Driver, folder: Path, limit_s: float = 180.0) -> None:
@@ -50,11 +103,12 @@ def wait_for(condition: Callable[[], bool], driver: Driver, folder: Path, limit_
         time.sleep(0.1)
 
 
-def test_a_search_survives_its_driver_and_its_trials(tmp_path: Path) -> None:
+def test_a_search_survives_its_driver_and_its_trials(head: tuple[str, psutil.Process], tmp_path: Path) -> None:
     from tiny_search import RECIPE
 
     from linearsr_platform.stages.ledger import Ledger
 
+    address, cluster = head
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     home = tmp_path / "runs" / "tiny"
 
@@ -67,29 +121,31 @@ def test_a_search_survives_its_driver_and_its_trials(tmp_path: Path) -> None:
 
     draws = random.Random(4)
     for _ in range(KILLS):
-        driver, before = Driver(tmp_path), reports()
+        driver, before = Driver(tmp_path, address), reports()
         wait_for(lambda before=before: reports() > before, driver, tmp_path)
         time.sleep(draws.uniform(0, 4))
         ended = {record.name: record for record in ledger().ended}
-        assert driver.end(signal.SIGKILL) == []
+        driver.end(signal.SIGKILL)
+        assert free_cpus(address) == CPUS
         assert ended.items() <= ledger().records.items()
         assert len(ledger().ended) < TRIALS
 
-    driver, before = Driver(tmp_path), reports()
+    driver, before = Driver(tmp_path, address), reports()
     wait_for(lambda: reports() > before, driver, tmp_path)
-    workers = [child for child in driver.children() if child.name().startswith(TRIAL_PROCESS) or TRIAL_PROCESS in " ".join(child.cmdline())]
+    workers = [child for child in cluster.children(recursive=True) if TRIAL_PROCESS in " ".join(child.cmdline())]
     assert workers
     workers[0].send_signal(signal.SIGKILL)
     wait_for(lambda: bool(list(home.glob("trials-*/result.json"))), driver, tmp_path)
-    assert driver.end(signal.SIGINT) == []
+    driver.end(signal.SIGINT)
     assert driver.process.returncode == 130
+    assert free_cpus(address) == CPUS
 
     records = ledger().records
     assert list(records) == [f"trial-{number:03d}" for number in range(1, TRIALS + 1)]
     assert {record.state for record in records.values()} <= {"done", "stopped"}
     assert len({record.boundaries for record in records.values()}) == TRIALS
     for record in records.values():
-        assert [result.steps for result in record.results] in ([4, 8], [4])
+        assert [result.steps for result in record.results] in ([6, 12], [6])
     assert_in_mlflow_once(home, set(records))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from linearsr.partition import bisection
 from linearsr_platform import storage
 from linearsr_platform.cluster import sweep
 from linearsr_platform.cluster.board import ProgressBoard
@@ -22,7 +23,7 @@ from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.trials import ledger_of, trial_plan
 
 pytestmark = pytest.mark.ray
-TRIALS = 5
+TRIALS, RUNGS = 7, (6, 12)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,10 @@ def test_trials_that_end_leave_no_reservation_behind(searched) -> None:
 
 def test_experts_that_were_trained_before_are_not_trained_again(searched) -> None:
     context, _ = searched
-    rows = ledger_of(context).rows((4, 8), {})
+    rows = ledger_of(context).rows(RUNGS, {})
     names = {storage.name_of(url) for url in storage.list_folders(trial_plan(context).store.url)}
     assert sum(row.trained for row in rows) == len(names)
-    assert sum(row.trained + row.cached for row in rows) == sum(2 * len(record.results) for record in ledger_of(context).records.values())
+    assert sum(row.trained + row.cached for row in rows) == sum(3 * len(record.results) for record in ledger_of(context).records.values())
     assert any(row.cached for row in rows)
 
 
@@ -105,18 +106,15 @@ def test_an_expert_trained_in_a_trial_is_the_one_that_a_real_trainer_makes(searc
     """To the bit, and also where the trial's training went on from an earlier rung."""
     context, _ = searched
     plan = trial_plan(context)
-    job = plan.jobs((0.6,), 8)[0]
+    job = plan.jobs((0.6,), 12)[0]
     board = ProgressBoard.start()
     real = fit(replace(job, output_url=str(tmp_path / "real")), cluster, storage_url=str(tmp_path / "ray"), board=board)
     board.close()
-    alone = [replace(plan.jobs((0.6,), steps)[0], output_url=str(tmp_path / f"warm-{steps}")) for steps in (4, 8)]
-    once, twice = ray.remote(_trained).remote(alone[1:]), ray.remote(_trained).remote(alone)
-    straight, continued = ray.get(once), None
-    storage.remove(alone[1].output_url)
-    continued = ray.get(twice)
+    alone = [replace(plan.jobs((0.6,), steps)[0], output_url=str(tmp_path / f"warm-{steps}")) for steps in RUNGS]
     weights = storage.read_bytes(real.last_weights)
-    assert straight == weights
-    assert continued == weights
+    assert ray.get(ray.remote(_trained).remote(alone[1:])) == weights
+    storage.remove(alone[1].output_url)
+    assert ray.get(ray.remote(_trained).remote(alone)) == weights
 
 
 def _trained(jobs) -> bytes:
@@ -138,7 +136,7 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_search_goes_on(folde
         run_to(context, "profile")
         plan = trial_plan(context)
         # What another version of the code might have left: the outcome of the first trial's first expert cannot be read.
-        broken = plan.jobs((plan.grid.boundaries(plan.grid.offsets((0.875,)))[0],), 4)[0]
+        broken = plan.jobs(plan.grid.boundaries(plan.grid.offsets(bisection(3))), RUNGS[0])[0]
         storage.write_json(storage.join(broken.output_url, JOB_FILE), {"hash": job_hash(broken)})
         storage.write_json(storage.join(broken.output_url, OUTCOME_FILE), {"what": "is this"})
         run_to(context, "trials")

@@ -24,6 +24,14 @@ def test_a_recipe_changes_what_it_extends_and_nothing_else() -> None:
     assert changed == {"name", "search"}
 
 
+def test_tables_of_an_extended_recipe_are_found_from_any_folder(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text(f"extends: {PIPELINES / 'smoke.yaml'}\nname: top\n")
+    loaded = load_recipe(str(tmp_path / "top.yaml"))
+    table = loaded.recipe.data.sources["skimage"].table
+    assert table is not None
+    assert (tmp_path / table).resolve() == PIPELINES / "quickstart" / "photos.csv"
+
+
 def test_a_mistake_in_the_extended_recipe_is_reported_there(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text((PIPELINES / "smoke.yaml").read_text().replace("crops_per_image: 2", "crops_per_image: 0"))
     (tmp_path / "top.yaml").write_text("extends: base.yaml\nname: top\n")

@@ -20,4 +20,6 @@ def quiet_libraries(*, verbose: bool) -> None:
         return
     for name in ("mlflow", "alembic", "DeepSpeed", "ray", "urllib3", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # That a trial failed is told by the search, with the reason.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")

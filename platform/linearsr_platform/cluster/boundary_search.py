@@ -108,9 +108,9 @@ class _History:
 class OneBoundarySampler(BaseSampler):
     """Moves one boundary of a good trial to where Optuna's TPE wants it, or near there where fewer experts need training.
 
-    Nothing is tried twice while a trial that was tried has an untried neighbour. Failed and running trials count as tried. The
-    defaults are the best of those measured by tests/benchmarks/search/proposals_vs_random.py: moves past a neighbour are what finds the
-    optimum in all cases, near moves are what is cheap, and draws that move everything are only needed to change the number of experts.
+    Nothing is tried twice while a trial that was tried has an untried neighbour. Failed and running trials count as tried.
+    The defaults are a compromise measured by tests/benchmarks/search/proposals_vs_random.py: near moves are cheap, moves past a
+    neighbour keep the search from getting stuck, and moving everything helps little but can change the number of experts.
     Source: Bergstra et al. 2011 (TPE); method.md 5.5 (coordinate search, retraining only the two adjacent experts).
     """
 
@@ -124,7 +124,7 @@ class OneBoundarySampler(BaseSampler):
         best_first: float = 0.8,
         draws: int = 3,
         window: float = 1.5,
-        reach: float = 1.0,
+        reach: float = 1.5,
         start_after: int = 5,
     ) -> None:
         """Search `space`.
@@ -294,10 +294,12 @@ def boundary_search(
 def _past(past: PastTrial, space: BoundarySpace) -> FrozenTrial:
     """Return a trial that has ended as Optuna keeps it."""
     every = space.distributions()
+    scored = bool(past.scores) and isfinite(past.scores[-1])
     return optuna.trial.create_trial(
-        state=TrialState.COMPLETE if past.scores else TrialState.FAIL,
-        value=past.scores[-1] if past.scores else None,
+        state=TrialState.COMPLETE if scored else TrialState.FAIL,
+        value=past.scores[-1] if scored else None,
         params=dict(past.config),
         distributions={name: every[name] for name in past.config},
-        intermediate_values=dict(enumerate(past.scores, start=1)),
+        # Without the last: Tune too keeps the score that ends a trial from its reports, and trials are ranked by how many those are.
+        intermediate_values=dict(enumerate(past.scores[:-1], start=1)),
     )

@@ -1,7 +1,9 @@
 """Ray Tune over boundaries: as many trials at once as there is room for, and an observer that is told everything."""
 
+import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
@@ -116,6 +118,13 @@ class _Teller(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._claims.release(trial.trial_id)
-        error = trial.get_error()
-        lines = str(error).strip().splitlines()
-        self._observer.on_failure(trial.trial_id, lines[-1] if lines else type(error).__name__)
+        self._observer.on_failure(trial.trial_id, _reason(trial))
+
+
+def _reason(trial: Trial) -> str:
+    """Return the last line of a failed trial's traceback, without the module that its error is from."""
+    # Not `trial.get_error`, which reads where this file is only copied to later.
+    file = None if trial.error_file is None else Path(trial.error_file)
+    lines = file.read_text(encoding="utf-8").split("\n") if file is not None and file.exists() else []
+    last = next((line for line in reversed(lines) if line.strip()), "its process was lost")
+    return re.sub(r"^(?:\w+\.)+(?=\w+:)", "", last.strip())

@@ -1,5 +1,6 @@
 """Reads a recipe: YAML file, then a profile on top, then `--set` overrides, then everything is checked at once."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ def _with_bases(path: str, problems: list[RecipeProblem]) -> list[Layer | None]:
         seen.append(storage.absolute(file))
         layer = _read(file, problems)
         layers.insert(0, layer)
+        if layer is not None:
+            _rebase_tables(layer.settings, storage.parent(file), storage.parent(path))
         base = None if layer is None else layer.settings.pop(EXTENDS, None)
         if layer is None or base is None:
             break
@@ -93,6 +96,18 @@ def _with_bases(path: str, problems: list[RecipeProblem]) -> list[Layer | None]:
             problems.append(RecipeProblem(file=where, key=EXTENDS, value=base, rule="a recipe that does not extend this one"))
             break
     return layers
+
+
+def _rebase_tables(settings: dict[str, object], here: str, there: str) -> None:
+    """Write the tables of sources, which are relative to the recipe's folder `here`, relative to `there`."""
+    data = settings.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    if here == there or not isinstance(sources, dict):
+        return
+    for source in sources.values():
+        if isinstance(source, dict) and isinstance(source.get("table"), str):
+            table = storage.absolute(source["table"], here)
+            source["table"] = os.path.relpath(table, there) if storage.is_local(table) and storage.is_local(there) else table
 
 
 def _read(file: str, problems: list[RecipeProblem]) -> Layer | None:

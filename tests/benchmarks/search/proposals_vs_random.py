@@ -16,6 +16,7 @@ cache of intervals saves in the first 12, 24 and 48 trials.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import optuna
@@ -52,7 +53,7 @@ class Surface:
         """Return minus the variance left inside the experts; higher is better."""
         cuts = [round((log_snr(boundary) - self.grid.low) / self.grid.step) for boundary in reversed(boundaries)]
         edges = [0, *cuts, len(self.curve)]
-        return -sum(float(self.costs[start, end - 1]) for start, end in zip(edges, edges[1:], strict=False))
+        return -sum(float(self.costs[start, end - 1]) for start, end in pairwise(edges))
 
     def closed(self, score: float) -> float:
         """Return which share of the distance from one expert to the optimum a score has closed."""
@@ -76,7 +77,7 @@ def plant(seed: int, experts: int, grid: CutGrid) -> Surface:
     mass /= mass.sum()
     costs = _variances(curve, mass)
     cuts = [0, *least_cost_intervals(costs, experts, round(grid.min_width / grid.step)), levels]
-    optimum = -sum(float(costs[start, end - 1]) for start, end in zip(cuts, cuts[1:], strict=False))
+    optimum = -sum(float(costs[start, end - 1]) for start, end in pairwise(cuts))
     return Surface(grid, curve, mass, costs, optimum, -float(costs[0, -1]))
 
 

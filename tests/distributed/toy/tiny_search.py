@@ -1,6 +1,5 @@
-"""A search so small that a trial takes seconds, and its stages up to the trials; also a driver to be killed: `tiny_search.py FOLDER`."""
+"""A search so small that a trial takes seconds, and its stages up to the trials."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,9 +17,9 @@ name: tiny
 cluster: {{num_cpus: 2, object_store_mb: 100}}
 pretrain: {{max_steps: 4}}
 search:
-  experts: [2]
-  trials: 5
-  rungs: [4, 8]
+  experts: [3]
+  trials: 7
+  rungs: [6, 12]
   profile: {{levels: 8, samples: 4, crops: 1}}
   score: {{crops: 2, crop_px: 64, batch_size: 2, steps: 3}}
   finalists: {{top: 1, seeds: 2}}
@@ -51,8 +50,3 @@ def run_to(context: RunContext, last: str) -> None:
     """Run the stages up to one of them; those that are done are skipped."""
     names = BEFORE_FINAL[: BEFORE_FINAL.index(last) + 1]
     run_stages(context, {name: STAGES[name] for name in names}, redo_from=None, records=[])
-
-
-if __name__ == "__main__":
-    with tiny_search(Path(sys.argv[1]), {"search.trials": 8}) as driven:
-        run_to(driven, "trials")
