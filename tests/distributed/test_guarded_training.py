@@ -150,10 +150,12 @@ def train(folder: Path, name: str, rank: int, *, stage: int, precision: str = "f
     config = TrainConfig(
         max_steps=STEPS,
         batch_size=8,
-        lr=0.01,
+        lr=0.005,
         clip_norm=1.0,
         workers=WORLD,
         ema_decay=0.9,
+        # Together with the low rate and many validation examples: two runs that should end alike then do so to 1 % on every machine.
+        schedule="cosine",
         log_every=10,
         validate_every=40,
         checkpoint_every=20,
@@ -174,7 +176,7 @@ def train(folder: Path, name: str, rank: int, *, stage: int, precision: str = "f
     engine = DeepSpeedEngine(AttentionTask(FAULTS[name](rank)), config, seed=1)
     recorder, result = Recorder(), {}
     try:
-        outcome = run_training(engine, Batches(rank), [draw(seed, 8) for seed in (901, 902)], job, recorder)
+        outcome = run_training(engine, Batches(rank), [draw(seed, 128) for seed in (901, 902)], job, recorder)
         result = {"history": outcome.history, "outcome": outcome.trips}
     except TrainingDiverged as error:
         result = {"error": str(error)}
@@ -195,22 +197,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """Run both workers to their end and return what each found."""
     folder = tmp_path_factory.mktemp("guard")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    # Files, not pipes: a worker whose pipe is full waits for a reader, and the other worker for it.
+    logs = [folder / f"rank_{rank}.log" for rank in range(WORLD)]
+    workers = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, __file__, str(folder), str(rank)]
+        with log.open("w") as file:
+            workers.append(subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(rank)}, stdout=file, stderr=file))
     try:
-        output = [worker.communicate(timeout=300)[0] for worker in workers]
+        codes = [worker.wait(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * WORLD, "\n".join(output)
+    assert codes == [0] * WORLD, "\n".join(log.read_text()[-4000:] for log in logs)
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -228,7 +227,7 @@ def test_nan_of_one_worker_takes_both_back_and_training_ends_where_it_would_have
     assert (trip["layer"], trip["evidence"]) == (LAYER, f"gradient of {LAYER} on worker 1: nan")
     assert poisoned["outcome"] == poisoned["trips"]
     assert both[1][f"batch-{stage}"] == poisoned
-    assert ends(poisoned) == pytest.approx(ends(quiet), rel=0.1)
+    assert ends(poisoned) == pytest.approx(ends(quiet), rel=0.02)
 
 
 @pytest.mark.distributed
@@ -256,7 +255,7 @@ def test_bad_data_is_left_out_from_then_on(both) -> None:
     assert trip["bad_data"]
     assert trip["statistic"] in ("loss", "gradient norm")
     assert both[1]["data-2"] == result
-    assert ends(result) == pytest.approx(ends(both[0]["quiet-2"]), rel=0.2)
+    assert ends(result) == pytest.approx(ends(both[0]["quiet-2"]), rel=0.02)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_search_goes_on(folde
         records = ledger_of(context).records
     assert len(records) == 3
     failed = [record for record in records.values() if record.state == "failed"]
-    assert [record.name for record in failed] == ["trial-001"]
+    # Named in the order in which processes came up, so known by what was broken, not by its name.
+    assert [record.origin for record in failed] == ["bisection"]
     assert "fix: delete it to train" in failed[0].reason
 
 
