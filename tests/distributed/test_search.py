@@ -18,8 +18,10 @@ from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.record import JOB_FILE, OUTCOME_FILE, job_hash
 from linearsr_platform.cluster.trainer import fit
 from linearsr_platform.cluster.warm import train_here
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.search import run_search
 from linearsr_platform.stages.trials import ledger_of, trial_plan
 
 pytestmark = pytest.mark.ray
@@ -126,6 +128,15 @@ def _trained(jobs) -> bytes:
         outcome = train_here(job, before=before)
         before = job
     return storage.read_bytes(outcome.last_weights)
+
+
+def test_a_search_that_no_machine_has_room_for_is_refused_before_anything_is_prepared(cluster, tmp_path: Path) -> None:
+    from tiny_search import tiny_search
+
+    told = "got no room for a trial, which takes 3 CPUs on one machine and 0.8 GB, on a cluster whose machines have 2 CPUs"
+    with pytest.raises(UserError, match=told), tiny_search(tmp_path, {"cluster.cpus_per_worker": 3}) as context:
+        run_search(context, redo_from=None, records=[])
+    assert list((tmp_path / "runs").glob("tiny/*-*")) == []
 
 
 def test_a_trial_that_fails_is_told_with_its_reason_and_the_search_goes_on(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """How many workers a cluster has room for, as plain arithmetic. Imports no Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from linearsr_platform.errors import UserError
@@ -43,18 +43,23 @@ class Room:
         )
 
 
-def require_room(jobs: Sequence[TrainJob], share: Share, room: Room) -> None:
-    """Refuse jobs that could never start, however long they wait.
+def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
+    """Refuse trainers that could never start, however long they wait.
+
+    Args:
+        workers: of each trainer, by name.
+        share: of a worker.
+        room: of the cluster.
 
     Raises:
         UserError: with the arithmetic of the first of them.
     """
     most = room.workers(share)
-    for job in jobs:
-        if job.train.workers > most:
+    for name, wanted in workers.items():
+        if wanted > most:
             total = Share(cpus=sum(node.cpus for node in room.nodes), gpus=sum(node.gpus for node in room.nodes))
             raise UserError(
-                f"{job.name}: got {job.train.workers} workers of {share} each; expected at most {most}, because the cluster has {total} "
+                f"{name}: got {wanted} workers of {share} each; expected at most {most}, because the cluster has {total} "
                 f"on {len(room.nodes)} machines; fix: lower train.workers or cpus_per_worker, or raise cluster.num_cpus"
             )
 

@@ -81,7 +81,7 @@ def fit_all(
     if queue:
         room = room_of(cluster)
         if cluster.address is None:
-            require_room(queue, share, room)
+            require_room({job.name: job.train.workers for job in queue}, share, room)
         _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
     return {job.name: results[job.name] for job in jobs}
 

@@ -6,7 +6,7 @@ that key, so a finished stage is found again, and a changed setting makes a new 
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from linearsr_platform import storage
 from linearsr_platform.recipe.identity import stable_hash
@@ -38,7 +38,14 @@ def run_pipeline(context: RunContext, *, redo_from: str | None = None, records: 
     run_stages(context, STAGES, redo_from=redo_from, records=records)
 
 
-def run_stages(context: RunContext, stages: Mapping[str, Stage], *, redo_from: str | None, records: list[StageRecord]) -> None:
+def run_stages(
+    context: RunContext,
+    stages: Mapping[str, Stage],
+    *,
+    redo_from: str | None,
+    records: list[StageRecord],
+    before_work: Callable[[], None] = lambda: None,
+) -> None:
     """Run every stage that is not done, in order; what happened is appended to `records` as it happens.
 
     Args:
@@ -46,8 +53,9 @@ def run_stages(context: RunContext, stages: Mapping[str, Stage], *, redo_from: s
         stages: by name; those that they need are among them, or have results in the context.
         redo_from: name of the first stage to do again even if it is done.
         records: filled also when a stage fails.
+        before_work: called once before the first stage that is not done, to refuse what can never work.
     """
-    redoing = False
+    redoing, working = False, False
     for name, stage in stages.items():
         redoing = redoing or name == redo_from
         key = stage_key(context, name, stage)
@@ -61,6 +69,9 @@ def run_stages(context: RunContext, stages: Mapping[str, Stage], *, redo_from: s
             context.pipeline_run.mark_skipped(name, f"done in run {found.run_id}")
             context.display.stage_skipped(name, found.summary)
             continue
+        if not working:
+            before_work()
+            working = True
         _run_stage(context, name, stage, key, url, records)
 
 

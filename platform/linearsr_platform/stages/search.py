@@ -1,10 +1,13 @@
 """The pipeline of a search over boundaries, and what it leaves: report, pictures, ranking, and the best boundaries for a recipe."""
 
+from dataclasses import replace
 from datetime import datetime
 from tempfile import TemporaryDirectory
 
 from linearsr.metric_table import metric_spec
 from linearsr_platform import storage
+from linearsr_platform.cluster.capacity import require_room, trials_at_once
+from linearsr_platform.cluster.experts import room_of
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.load import BOUNDARIES_FILE
 from linearsr_platform.report.model import StageRecord
@@ -15,7 +18,7 @@ from linearsr_platform.stages import finalists, prepare, pretrain, profile, tria
 from linearsr_platform.stages.context import RunContext, Stage, StageResult
 from linearsr_platform.stages.finalists import comparisons_of
 from linearsr_platform.stages.pipeline import run_stages, stage_key, stage_url
-from linearsr_platform.stages.profile import profile_of, section_of
+from linearsr_platform.stages.profile import profile_of, section_of, trial_share
 from linearsr_platform.stages.trials import best_of, ledger_of, proposals_of
 
 STAGES: dict[str, Stage] = {
@@ -34,7 +37,8 @@ def run_search(context: RunContext, *, redo_from: str | None, records: list[Stag
     """Run every stage of a search that is not done, in order.
 
     Raises:
-        UserError: if the recipe has no search, or the parent that it names lacks a network of these settings.
+        UserError: if the recipe has no search, the parent that it names lacks a network of these settings, or no machine has
+            room for it.
     """
     section = section_of(context)
     if section.parent is not None:
@@ -44,7 +48,25 @@ def run_search(context: RunContext, *, redo_from: str | None, records: list[Stag
         raise UserError(
             f"--from: got {redo_from!r}; expected one of {', '.join(left)}, because search.parent has the others; fix: run {section.parent}"
         )
-    run_stages(context, left, redo_from=redo_from, records=records)
+    run_stages(context, left, redo_from=redo_from, records=records, before_work=lambda: check_room(context))
+
+
+def check_room(context: RunContext) -> None:
+    """Refuse a search that could never be scheduled, before anything is prepared or trained for it.
+
+    Raises:
+        UserError: with the arithmetic, if a trial, or a trainer on a local cluster, needs more than the cluster has.
+    """
+    recipe = context.recipe
+    context.open_cluster()
+    room, share = room_of(recipe.cluster), trial_share(context)
+    trials_at_once(share, room, wanted=None)
+    # A running cluster may grow, so there trainers wait; see `fit_all`.
+    if recipe.cluster.address is None:
+        if "pretrain" not in context.results:
+            require_room({"pretrain": recipe.pretrain.workers}, share, room)
+        # Finalists have one worker each, with the share of an expert's worker.
+        require_room({"finalists": 1}, replace(share, cpus=recipe.experts.cpus_per_worker or share.cpus), room)
 
 
 def _adopt(context: RunContext, parent: str) -> None:
