@@ -13,6 +13,7 @@ from linearsr.partition import uniform_time
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.record import finished_outcome
 from linearsr_platform.cluster.scoring import Candidate, measure_all
 from linearsr_platform.cluster.trial import TrialPlan
 from linearsr_platform.errors import StageError
@@ -146,7 +147,8 @@ def _train(context: RunContext, plan: TrialPlan, jobs: Mapping[str, TrainJob], u
     """
     context.open_cluster()
     context.display.task("finalists", len(jobs), "experts trained")
-    board, ended = ProgressBoard.start(), 0
+    board, ended = ProgressBoard.start(), sum(finished_outcome(job) is not None for job in jobs.values())
+    context.display.update("finalists", ended)
 
     def on_poll(events: list[Event]) -> None:
         nonlocal ended
