@@ -72,6 +72,12 @@ def test_scores_of_different_rungs_are_never_compared():
     assert [row.name for row in ranked(trials, False)] == ["low", "high", "early", "nan", "broken"]
 
 
+@pytest.mark.parametrize(("start", "said"), [(24.85, "1 of 2 trials are better."), (25.0, "0 of 2 trials are better, so .* not pay yet")])
+def test_trials_that_are_worse_than_what_they_started_from_are_told_to_be(start, said):
+    comparisons = (comparison("best found"), comparison("paper", -0.1, "worse"))
+    assert re.search(f"scores {start:.2f} PSNR-Y by itself: {said}", conclusions(report(comparisons=comparisons, start=start))[-1])
+
+
 def test_json_is_strict_and_keeps_the_profile():
     value = report(profile=profile(), best=trial("t", float("nan"))).to_json()
     read = json.loads(json.dumps(value, allow_nan=False))

@@ -103,6 +103,8 @@ class SearchReport:
     seconds: float
     started: str
     """ISO 8601 time with offset."""
+    start: float | None = None
+    """Score of the network that all experts start from, on the same crops; None if it was not measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; numbers that are not finite become None."""
@@ -154,7 +156,18 @@ def conclusions(report: SearchReport) -> list[str]:
     contrasts = report.contrasts()
     if not contrasts:
         return [f"The best trial was not compared with others over several seeds: {told}, which may be luck."]
-    return [_conclusion(contrast, metric) for contrast in contrasts]
+    return [*(_conclusion(contrast, metric) for contrast in contrasts), *_against_start(report, metric)]
+
+
+def _against_start(report: SearchReport, metric: str) -> list[str]:
+    """Say how many trials are above what they started from, without which a ranking of losses would look like a success."""
+    if report.start is None:
+        return []
+    scores = [trial.score for trial in report.trials if trial.score is not None and trial.has_score]
+    above = sum(score > report.start if report.higher_is_better else score < report.start for score in scores)
+    told = f"The network that all experts start from scores {report.start:.2f} {metric} by itself: {above} of {len(scores)} trials "
+    told += "are better"
+    return [f"{told}." if above else f"{told}, so at this much training experts do not pay yet, wherever they are split."]
 
 
 def _conclusion(contrast: Contrast, metric: str) -> str:

@@ -19,7 +19,7 @@ from linearsr_platform.stages.context import RunContext, Stage, StageResult
 from linearsr_platform.stages.finalists import comparisons_of
 from linearsr_platform.stages.pipeline import run_stages, stage_key, stage_url
 from linearsr_platform.stages.profile import profile_of, section_of, trial_share
-from linearsr_platform.stages.trials import best_of, ledger_of, proposals_of
+from linearsr_platform.stages.trials import best_of, ledger_of, proposals_of, start_of
 
 STAGES: dict[str, Stage] = {
     "prepare": Stage((), prepare.settings, prepare.run),
@@ -127,6 +127,7 @@ def gather(context: RunContext, *, started: datetime, seconds: float) -> SearchR
         cached=sum(row.cached for row in rows),
         seconds=seconds,
         started=started.isoformat(timespec="seconds"),
+        start=start_of(context),
     )
 
 

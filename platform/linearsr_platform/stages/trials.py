@@ -28,6 +28,8 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 EXPERTS_FOLDER = "trained-experts"
 """Below a search's folder: every expert that was ever trained for it, by content."""
+BASELINE_FILE = "baseline.json"
+"""In the stage's folder: every metric of every crop restored by the network that all experts start from."""
 
 
 def settings(context: RunContext) -> object:
@@ -99,7 +101,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
 
 def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ...]:
     """Return what the pre-trained network alone makes of every crop, measured once."""
-    file = storage.join(url, "baseline.json")
+    file = storage.join(url, BASELINE_FILE)
     if not storage.exists(file):
         weights = plan.store.template.init_weights
         assert weights is not None  # noqa: S101 (experts start from the pre-trained network)
@@ -107,6 +109,13 @@ def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ..
         storage.write_json(file, measured)
     found: Any = storage.read_json(file)
     return tuple(found[plan.metric])
+
+
+def start_of(context: RunContext) -> float:
+    """Return what the network that all experts start from scored in the finished stage."""
+    measured: Any = storage.read_json(storage.join(context.results["trials"].url, BASELINE_FILE))
+    values: list[float] = measured[section_of(context).metric]
+    return sum(values) / len(values)
 
 
 def best_of(rows: list[TrialRow], *, higher_is_better: bool) -> TrialRow:
