@@ -1,12 +1,13 @@
 """How many trials a boundary search needs, and how many trainings a cache saves, on surfaces whose optimum is known. Prints Markdown.
 
 Run: python tests/benchmarks/search/proposals_vs_random.py [--seeds 20] [--first-seed 0] [--experts 4 2] [--noise 0.02] [--angle-noise 0.1]
+     [--profile-levels 63]
 
 A surface is a curve over log-SNR that drifts smoothly and jumps at planted places: what the best single network would have to know at
 that noise level. One expert for levels that differ must compromise, so a split scores minus the variance of the curve inside its
 intervals, weighted by how often a level is trained. The optimum is exact, by dynamic programming over all cuts on the grid. An
 evaluation adds noise of `--noise` times the distance from one expert to the optimum. The profile that the proposals read knows the
-curve only as angles between gradients, on 16 levels, each cosine with an error of `--angle-noise`, and a loss that says nothing.
+curve only as angles between gradients, on `--profile-levels`, each cosine with an error of `--angle-noise`, and a loss that says nothing.
 
 Columns: `trials`, until the noise-free score of one of them has closed 95 % of the distance from one expert to the optimum, median
 and quartiles; `in 24` and `in 200`, the share of surfaces where that took at most so many; `saved`, the share of expert trainings a
@@ -32,7 +33,6 @@ LIMIT = 200
 LOOKS = (12, 24, 48)
 """Trials after which the savings are counted."""
 CLOSED = 0.95
-PROFILE_LEVELS = 16
 NARROWEST = 4
 """Grid steps between planted jumps at least, twice what the grid allows an expert."""
 
@@ -91,24 +91,25 @@ def _variances(curve: np.ndarray, mass: np.ndarray) -> np.ndarray:
     return costs
 
 
-def profile_of(surface: Surface, seed: int, angle_noise: float) -> NoiseProfile:
-    """Return what a measurement on a network would say about a surface: coarse, noisy, and of angles instead of scores."""
+def profile_of(surface: Surface, seed: int, angle_noise: float, profile_levels: int) -> NoiseProfile:
+    """Return what a measurement on a network would say about a surface: noisy, of angles instead of scores, and maybe coarse."""
     rng = np.random.default_rng([seed, 1])
     grid, levels = surface.grid, len(surface.curve)
-    owner = (np.arange(levels) + 0.5) * PROFILE_LEVELS // levels
-    share = np.array([surface.mass[owner == level].sum() for level in range(PROFILE_LEVELS)])
-    mean = np.array([(surface.mass * surface.curve)[owner == level].sum() for level in range(PROFILE_LEVELS)]) / share
-    noise = np.triu(rng.normal(0, angle_noise, (PROFILE_LEVELS, PROFILE_LEVELS)), 1)
+    owner = (np.arange(levels) + 0.5) * profile_levels // levels
+    share = np.array([surface.mass[owner == level].sum() for level in range(profile_levels)])
+    mean = np.array([(surface.mass * surface.curve)[owner == level].sum() for level in range(profile_levels)]) / share
+    noise = np.triu(rng.normal(0, angle_noise, (profile_levels, profile_levels)), 1)
     affinity = np.clip(np.cos(mean[:, None] - mean[None, :]) + noise + noise.T, -1, 1)
     np.fill_diagonal(affinity, 1)
-    loss = 1 + 0.5 * np.sin(2 * np.pi * (np.arange(PROFILE_LEVELS) / PROFILE_LEVELS + rng.uniform()))
-    zeros, errors = (0.0,) * PROFILE_LEVELS, np.where(np.eye(PROFILE_LEVELS), 0, angle_noise)
+    loss = 1 + 0.5 * np.sin(2 * np.pi * (np.arange(profile_levels) / profile_levels + rng.uniform()))
+    zeros, errors = (0.0,) * profile_levels, np.where(np.eye(profile_levels), 0, angle_noise)
     return NoiseProfile(
-        edges=tuple(float(edge) for edge in grid.low + grid.step * np.linspace(0, levels, PROFILE_LEVELS + 1)),
+        edges=tuple(float(edge) for edge in grid.low + grid.step * np.linspace(0, levels, profile_levels + 1)),
         mass=tuple((share / share.sum()).tolist()),
         loss=tuple(loss.tolist()),
         loss_error=zeros,
-        gradient_norm=(1.0,) * PROFILE_LEVELS,
+        # In proportion to the loss, so that only angles tell levels apart.
+        gradient_norm=tuple(loss.tolist()),
         gradient_norm_error=zeros,
         affinity=tuple(map(tuple, affinity.tolist())),
         affinity_error=tuple(map(tuple, errors.tolist())),
@@ -165,13 +166,15 @@ ARMS: dict[str, tuple[MakeSampler, Callable[[Proposal], bool]]] = {
 """Name -> sampler, and which proposals it starts from."""
 
 
-def outcomes(arm: str, experts: int, seeds: range, *, noise: float, angle_noise: float, make: MakeSampler | None = None) -> list[Outcome]:
+def outcomes(
+    arm: str, experts: int, seeds: range, *, noise: float, angle_noise: float, profile_levels: int, make: MakeSampler | None = None
+) -> list[Outcome]:
     """Run one arm on one surface a seed."""
     sampler, wanted = ARMS[arm]
     grid, found = CutGrid(), []
     for seed in seeds:
         surface = plant(seed, experts, grid)
-        proposals = propose(experts, profile=profile_of(surface, seed, angle_noise), grid=grid)
+        proposals = propose(experts, profile=profile_of(surface, seed, angle_noise, profile_levels), grid=grid)
         found.append(search(surface, experts, make or sampler, [one for one in proposals if wanted(one)], seed=seed, noise=noise))
     return found
 
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--noise", type=float, default=0.02)
     parser.add_argument("--angle-noise", type=float, default=0.1)
+    parser.add_argument("--profile-levels", type=int, default=63)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -201,7 +205,8 @@ def main() -> None:
     print("|---|---|---|---|---|" + "---|" * len(LOOKS))
     for experts in args.experts:
         for arm in ARMS:
-            print(row(arm, experts, outcomes(arm, experts, seeds, noise=args.noise, angle_noise=args.angle_noise)), flush=True)
+            found = outcomes(arm, experts, seeds, noise=args.noise, angle_noise=args.angle_noise, profile_levels=args.profile_levels)
+            print(row(arm, experts, found), flush=True)
 
 
 if __name__ == "__main__":
