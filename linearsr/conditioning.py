@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tag tokens, C width.
 """
 
+from dataclasses import dataclass
 from math import log
 
 import torch
@@ -35,6 +36,16 @@ class LowResolutionStem(nn.Module):
         for layer in self.layers[:-1]:
             lr = F.silu(layer(lr))
         return self.layers[-1](lr)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Captions as a frozen text encoder leaves them: what a network with `tags.encoder: text` takes in place of tag ids."""
+
+    values: Tensor
+    """(B, T, caption width), any float dtype."""
+    mask: Tensor
+    """(B, T) bool, True where a token is real."""
 
 
 class TagEncoder(nn.Module):
