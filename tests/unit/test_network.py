@@ -158,7 +158,8 @@ def test_modulated_norm_has_the_gradients_of_its_definition() -> None:
 
 def test_gated_depthwise_has_the_gradients_of_its_definition_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("linearsr.fused.CACHED_VALUES", 1)  # slices of 16 channels: 16 and 3 here
+    monkeypatch.setattr("linearsr.fused.CACHED_VALUES", 1)
+    monkeypatch.setattr("linearsr.fused.MIN_CHANNELS", 16)  # slices of 16 and 3 channels
     hidden, weight, bias = torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)
     inputs = [part.double().requires_grad_() for part in (hidden, weight, bias)]
     planes = torch.nn.functional.silu(inputs[0]).unflatten(1, (2, 3)).permute(0, 3, 1, 2)
