@@ -111,6 +111,8 @@ class FlowConfig:
 class TagsConfig:
     """Tag guidance (TAG): which words the network knows, and how often it must do without them."""
 
+    encoder: Literal["learned", "text"] = "learned"
+    """`learned` embeds ids of a fixed vocabulary; `text` takes the hidden states of a frozen text encoder, as SANA does."""
     vocabulary: tuple[str, ...] = ()
     """Known tags, lower case. Tags outside it are ignored."""
     max_tags: int = 8
