@@ -122,34 +122,37 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, over
     rows, columns = (_windows(side, tile, overlap, unit_out) for side in (height, width))
     out: Tensor | None = None
     for index in range(x.shape[0]):
-        for top, down in rows:
-            for left, across in columns:
-                part = x[index : index + 1, :, top * unit_in : (top + tile) * unit_in, left * unit_in : (left + tile) * unit_in]
-                coded = function(part)
+        for top, bottom, down in rows:
+            for left, right, across in columns:
+                coded = function(x[index : index + 1, :, top * unit_in : bottom * unit_in, left * unit_in : right * unit_in])
                 if out is None:
                     out = coded.new_zeros(x.shape[0], coded.shape[1], height * unit_out, width * unit_out)
-                target = out[index, :, top * unit_out : (top + tile) * unit_out, left * unit_out : (left + tile) * unit_out]
+                target = out[index, :, top * unit_out : bottom * unit_out, left * unit_out : right * unit_out]
                 target += coded[0] * (down[:, None] * across).to(coded)
     assert out is not None  # noqa: S101 (a batch has a picture)
     return out
 
 
-def _windows(side: int, tile: int, overlap: int, unit: int) -> list[tuple[int, Tensor]]:
-    """Return where tiles begin along one side and each one's weights, which add up to 1 everywhere."""
+def _windows(side: int, tile: int, overlap: int, unit: int) -> list[tuple[int, int, Tensor]]:
+    """Return where tiles begin and end along one side, and each one's weights, which add up to 1 everywhere.
+
+    As few tiles as can be, and none longer than their overlap asks for: 64 positions take three of 27 rather than of 32.
+    """
     if side <= tile:
-        return [(0, torch.ones(side * unit))]
+        return [(0, side, torch.ones(side * unit))]
     count = ceil((side - overlap) / (tile - overlap))
-    starts = [round(index * (side - tile) / (count - 1)) for index in range(count)]
+    length = ceil((side + (count - 1) * overlap) / count)
+    starts = [round(index * (side - length) / (count - 1)) for index in range(count)]
     rise = torch.sin((torch.arange(overlap * unit, dtype=torch.float64) + 0.5) * torch.pi / (2 * overlap * unit)).square()
     total = torch.zeros(side * unit, dtype=torch.float64)
     weights = []
     for start in starts:
-        weight = torch.ones(tile * unit, dtype=torch.float64)
+        weight = torch.ones(length * unit, dtype=torch.float64)
         if start > 0:
-            weight[: overlap * unit] = rise
-        if start + tile < side:
-            weight[-overlap * unit :] = rise.flip(0)
-        total[start * unit : (start + tile) * unit] += weight
+            weight[: overlap * unit] *= rise
+        if start + length < side:
+            weight[-overlap * unit :] *= rise.flip(0)
+        total[start * unit : (start + length) * unit] += weight
         weights.append(weight)
-    shares = [weight / total[start * unit : (start + tile) * unit] for start, weight in zip(starts, weights, strict=True)]
-    return [(start, share.float()) for start, share in zip(starts, shares, strict=True)]
+    spans = [(start, start + length) for start in starts]
+    return [(low, high, (weight / total[low * unit : high * unit]).float()) for (low, high), weight in zip(spans, weights, strict=True)]

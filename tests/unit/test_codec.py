@@ -19,12 +19,17 @@ from linearsr.bundle import BundleError, load_bundle, save_bundle
 from linearsr.codec import make_codec
 from linearsr.codec_source import CodecError, check_codec, codec_digest
 from linearsr.config import AugmentationConfig, CodecConfig, DegradationConfig, FlowConfig, LatentStatistics, ModelConfig, SamplerConfig
-from linearsr.dcae import in_tiles
+from linearsr.dcae import _load, in_tiles
 from linearsr.latent import LatentSpace
 from linearsr.model import SuperResolver
 from linearsr.statistics import measure_statistics
 from linearsr.task import SuperResolutionTask, TaskConfig
 from linearsr.upscaler import Upscaler
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.stages import pretrain
+from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.preflight import check_before_start
 from linearsr_platform.train.processes import join_group
 from linearsr_platform.train.snapshots import Snapshots
 
@@ -95,6 +100,15 @@ def test_it_codes_as_diffusers_does(folder, reference) -> None:
     assert torch.equal(rounded, reference.encode(pixels.bfloat16().float()).latent)
     with pytest.raises(ValueError, match="got a picture of 96 x 65 px; expected multiples of 32"):
         codec.encode(photograph(96, 65))
+
+
+def test_weights_are_read_once_and_only_when_needed(folder) -> None:
+    before = _load.cache_info().misses
+    codecs = [make_codec(config_of(folder, tile)) for tile in (8, 16)]
+    assert _load.cache_info().misses == before
+    for codec in codecs * 2:
+        codec.decode(codec.encode(photograph(32, 32)))
+    assert _load.cache_info().misses == before + 1
 
 
 def test_weights_in_several_files_are_the_same_codec(tmp_path, folder, reference) -> None:
@@ -170,7 +184,7 @@ def test_weights_of_another_network_are_refused(folder) -> None:
         make_codec(config_of(folder)).encode(photograph(32, 32))
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 30), (15, 8), (40, 23)])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 30), (15, 8), (40, 23), (6, 65)])
 def test_tiles_of_a_local_function_are_exact_and_bounded(height: int, width: int) -> None:
     seen = []
 
@@ -266,6 +280,21 @@ def test_a_network_trains_on_its_latents_without_owning_them(folder, prior) -> N
         SuperResolutionTask(settings)
 
 
+def test_a_run_is_refused_without_the_codec_and_trained_again_with_another(tmp_path, folder) -> None:
+    recipe = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
+    settings = [f"storage={tmp_path}", "model.flow.loss_weighting=latent", f"model.codec={{kind: dc-ae, factor: 32, source: {folder}}}"]
+    loaded = load_recipe(str(recipe), None, settings)
+    context = RunContext(loaded, str(tmp_path), None, None, None, "tester", lambda: None)
+    check_before_start(loaded.recipe)
+    before = stable_hash(pretrain.settings(context))
+    assert stable_hash(pretrain.settings(context)) == before
+    change_one_weight(folder)
+    assert stable_hash(pretrain.settings(context)) != before
+    shutil.rmtree(folder)
+    with pytest.raises(CodecError, match=r"codec\.source: got '.*dcae'; expected a local folder"):
+        check_before_start(loaded.recipe)
+
+
 def test_snapshots_carry_the_hash_of_the_codec(tmp_path) -> None:
     join_group()
     snapshots = Snapshots(str(tmp_path), 3, last_step=None, codec="ab" * 32)
@@ -304,7 +333,8 @@ def test_a_bundle_upscales_with_its_codec_in_tiles(bundle_folder, folder) -> Non
     assert tiled.shape == (264, 376, 3)
     assert tiled.std() > 1
     whole = Upscaler(replace(bundle, config=replace(bundle.config, codec=config_of(folder))))
-    assert abs(np.asarray(whole.upscale(picture)).astype(int) - tiled).mean() < 0.2 * tiled.std()
+    # Tiles of seven positions, cut from a latent that is nearly noise: about the worst that tiles can do.
+    assert np.corrcoef(np.asarray(whole.upscale(picture)).ravel(), tiled.ravel())[0, 1] > 0.9
 
 
 def test_a_bundle_takes_no_other_codec(bundle_folder, folder, tmp_path) -> None:
