@@ -3,11 +3,14 @@
 import functools
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 from linearsr_platform.errors import RecipeErrors, StageError, UserError
+
+if TYPE_CHECKING:
+    from linearsr_platform.recipe.schema import Recipe
 
 _P = ParamSpec("_P")
 
@@ -36,6 +39,14 @@ def reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             raise typer.Exit(error.exit_code if isinstance(error, (UserError, StageError)) else FAILED) from error
 
     return reporting
+
+
+def warn_of(recipe: "Recipe") -> None:
+    """Tell what the recipe may say but hardly means, on standard error."""
+    from linearsr_platform.recipe.notes import notes_on
+
+    for note in notes_on(recipe):
+        typer.echo(f"warning: {note}", err=True)
 
 
 def _tell(error: Exception) -> None:

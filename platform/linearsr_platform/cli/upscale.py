@@ -38,12 +38,14 @@ def upscale(
     if estimate not in ("routed", "one_step"):
         raise UserError(f"--estimate: got {estimate!r}; expected routed or one_step")
     pairs = plan(source, target)
-    from linearsr_platform.cli.environment import quiet_libraries
+    from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
 
     quiet_libraries(verbose=verbose)
+    from linearsr.schedule import UnvisitedExpertWarning
     from linearsr.upscaler import Upscaler
     from linearsr_platform.cli.progress import make_display
 
+    tell_warnings(UnvisitedExpertWarning)
     upscaler = Upscaler(load(model, storage, tracking_uri))
     words = [word.strip() for word in tags.split(",") if word.strip()]
     with make_display() as display:
