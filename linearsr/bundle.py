@@ -1,17 +1,19 @@
 """A released model: a folder of safetensors and JSON that holds every expert and what ties them together.
 
 Nothing in it is executable: only safetensors and JSON are read, and every file is checked against its hash first.
+A DC-AE stays outside: a bundle names where it was and its hash, and none but that one decodes what the bundle's experts make.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from linearsr.codec_source import CodecError, codec_digest, find_autoencoder, verify_codec
 from linearsr.config import (
     BackboneConfig,
     CodecConfig,
@@ -26,7 +28,7 @@ from linearsr.config import (
 FORMAT = "linearsr-bundle/1"
 MANIFEST = "bundle.json"
 PRECISIONS = ("float32", "bfloat16")
-_KEYS = ("boundaries", "config", "files", "format", "lineage", "precision", "sampler", "statistics")
+_KEYS = ("boundaries", "codec", "config", "files", "format", "lineage", "precision", "sampler", "statistics")
 
 
 class BundleError(ValueError):
@@ -48,6 +50,8 @@ class Bundle:
     """Weights, noisiest expert first."""
     precision: str
     """Dtype that the network runs in: part of the model's identity."""
+    codec_digest: str
+    """Identity of the codec that the experts were trained with; see `linearsr.codec_source.codec_digest`."""
     lineage: Mapping[str, Any]
     """What it was made from: hashes, knee steps, parents."""
     digest: str
@@ -75,6 +79,7 @@ def save_bundle(
 
     Raises:
         BundleError: if the folder exists, weights are missing, or there is not one expert more than boundaries.
+        CodecError: if the codec's weights are not there, so that it has no hash.
     """
     if folder.exists():
         raise BundleError(f"{folder}: exists already; expected a new folder; fix: choose another name or remove it")
@@ -93,6 +98,7 @@ def save_bundle(
             files[name] = _sha256(temporary / name)
         content = {
             "format": FORMAT,
+            "codec": codec_digest(config.codec),
             "config": asdict(config),
             "statistics": asdict(statistics),
             "boundaries": list(boundaries),
@@ -108,11 +114,15 @@ def save_bundle(
     return load_bundle(folder)
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle and check every file against its hash.
+def load_bundle(folder: Path, *, codec_source: str | None = None) -> Bundle:
+    """Read a bundle and check every file against its hash, and the codec too if it can be found.
+
+    Args:
+        folder: With `bundle.json`.
+        codec_source: Where the DC-AE is on this machine, if not where it was when the bundle was made.
 
     Raises:
-        BundleError: naming the file that is missing, foreign or changed.
+        BundleError: naming the file that is missing, foreign or changed, or both hashes of another codec.
     """
     manifest = Path(folder) / MANIFEST
     try:
@@ -132,11 +142,34 @@ def load_bundle(folder: Path) -> Bundle:
         got = _sha256(path) if path.is_file() else "no file"
         if got != expected:
             raise BundleError(f"{path}: got SHA-256 {got}; expected {expected}; fix: fetch the bundle again, it was changed or cut short")
-    return bundle
+    return _with_checked_codec(manifest, bundle, codec_source)
+
+
+def _with_checked_codec(manifest: Path, bundle: Bundle, codec_source: str | None) -> Bundle:
+    """Return the bundle with its codec's source as it is here; a DC-AE that is not there is found missing when it is needed."""
+    codec = bundle.config.codec
+    try:
+        if codec_source is not None:
+            codec = replace(codec, source=codec_source)
+        elif codec.source is not None and not _is_there(codec.source):
+            return bundle
+        verify_codec(codec, bundle.codec_digest)
+    except ValueError as error:
+        raise BundleError(f"{manifest}: {error}") from error
+    return replace(bundle, config=replace(bundle.config, codec=codec))
+
+
+def _is_there(source: str) -> bool:
+    try:
+        find_autoencoder(source)
+    except CodecError:
+        return False
+    return True
 
 
 def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
-    if sorted(content) != sorted(_KEYS):
+    # Bundles from before there was a DC-AE do not say which codec made them: an embedded one, of version 1.
+    if sorted({"codec", *content}) != sorted(_KEYS):
         raise ValueError(f"keys: got {sorted(content)}; expected {list(_KEYS)}")
     if content["precision"] not in PRECISIONS:
         raise ValueError(f"precision: got {content['precision']!r}; expected one of {', '.join(PRECISIONS)}")
@@ -144,14 +177,18 @@ def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
     names = [f"expert-{index}.safetensors" for index in range(1, len(boundaries) + 2)]
     if sorted(content["files"]) != sorted(names):
         raise ValueError(f"files: got {sorted(content['files'])}; expected {names}")
+    config = _model_config(content["config"])
+    if "codec" not in content and config.codec.kind == "dc-ae":
+        raise ValueError("codec: got no hash; expected that of the DC-AE")
     return Bundle(
         folder=folder,
-        config=_model_config(content["config"]),
+        config=config,
         statistics=LatentStatistics(**{name: tuple(values) for name, values in content["statistics"].items()}),
         boundaries=boundaries,
         sampler=_sampler(content["sampler"]),
         experts=tuple(folder / name for name in names),
         precision=content["precision"],
+        codec_digest=str(content["codec"]) if "codec" in content else codec_digest(config.codec),
         lineage=dict(content["lineage"]),
         digest=digest,
     )

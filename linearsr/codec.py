@@ -1,6 +1,6 @@
-"""Latent codecs behind `encode` / `decode`: weights-free, exactly invertible block transforms.
+"""Latent codecs behind `encode` / `decode`: weights-free, exactly invertible block transforms, and SANA's autoencoder.
 
-Each f x f block of pixels becomes one token of 3 f^2 channels by an orthonormal matrix, so decoding is the transpose.
+Of a block transform, each f x f block of pixels becomes one token of 3 f^2 channels by an orthonormal matrix, so decoding is the transpose.
 """
 
 from functools import cache
@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.config import CodecConfig
+from linearsr.dcae import DeepCompressionCodec
 
 
 class Codec(Protocol):
     """Turns pixels into latents and back."""
+
+    @property
+    def scaling_factor(self) -> float | None:
+        """What its authors multiply latents by; None for a codec whose latents are normalised by measured statistics."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Map (B, 3, H, W) in [-1, 1] to (B, c, H / f, W / f), not yet normalised."""
@@ -52,6 +57,8 @@ def _block_transform(kind: str, factor: int) -> Tensor:
 class BlockTransformCodec:
     """Space-to-depth followed by an orthonormal matrix on the channels of each token."""
 
+    scaling_factor: float | None = None
+
     def __init__(self, config: CodecConfig) -> None:
         """Keep the block size and its matrix."""
         self.factor = config.factor
@@ -73,5 +80,11 @@ def _mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def make_codec(config: CodecConfig) -> Codec:
-    """Return the codec that `config` names."""
+    """Return the codec that `config` names, ready but for weights, which are read when first used.
+
+    Raises:
+        CodecError: if it needs weights and they are not there.
+    """
+    if config.kind == "dc-ae":
+        return DeepCompressionCodec(config)
     return BlockTransformCodec(config)

@@ -10,6 +10,9 @@ from typing import Literal
 PAPER_BOUNDARIES = (0.223, 0.875, 0.939)
 """Noise levels that split the four experts. Source: LinearSR section 3, SNR-based mixture of experts."""
 
+DC_AE_FACTOR, DC_AE_CHANNELS = 32, 32
+"""Pixels per latent along one side, and channels of a latent, of DC-AE f32c32. Source: SANA; method.md 1.7."""
+
 MIN_POINTS = 6
 """Fewest evaluations that the knee detector says anything about."""
 
@@ -22,21 +25,32 @@ def require(holds: bool, where: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecConfig:
-    """A latent codec: an exactly invertible transform that turns pixels into fewer, wider tokens."""
+    """A latent codec: turns pixels into fewer, wider tokens, by an exactly invertible transform or by SANA's autoencoder."""
 
-    kind: Literal["space_to_depth", "haar"] = "haar"
-    """`haar` is the orthonormal wavelet packet: it separates what LR determines from what it does not."""
+    kind: Literal["space_to_depth", "haar", "dc-ae"] = "haar"
+    """`haar` is the orthonormal wavelet packet: it separates what LR determines from what it does not. `dc-ae` is SANA's
+    deep-compression autoencoder f32c32, run by diffusers with the weights that `source` names. method.md 1.7."""
     factor: int = 4
-    """Pixels per latent along one side, a power of two in [1, 32]. SANA's DC-AE has 32."""
+    """Pixels per latent along one side, a power of two in [1, 32]; 32 for `dc-ae`."""
+    source: str | None = None
+    """`dc-ae` alone: local folder with diffusers' `config.json` and safetensors, or a hub id that is in the local cache."""
+    tile: int = 32
+    """`dc-ae` alone: latents up to this many positions a side are coded whole, larger ones in overlapping tiles; 32 is 1024 px."""
 
     def __post_init__(self) -> None:
-        """Check the factor."""
+        """Check the factor, and that weights are named where there are some."""
         require(self.factor in (1, 2, 4, 8, 16, 32), "codec.factor", self.factor, "a power of two in [1, 32]")
+        require(self.tile >= 4, "codec.tile", self.tile, "an integer >= 4")
+        if self.kind == "dc-ae":
+            require(self.factor == DC_AE_FACTOR, "codec.factor", self.factor, f"{DC_AE_FACTOR} for dc-ae")
+            require(bool(self.source), "codec.source", self.source, "a local folder or a hub id for dc-ae")
+        else:
+            require(self.source is None, "codec.source", self.source, f"null for {self.kind}, which has no weights")
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent: three colours times the pixels of one token."""
-        return 3 * self.factor**2
+        """Channels of a latent: three colours times the pixels of one token, or what the autoencoder leaves of them."""
+        return DC_AE_CHANNELS if self.kind == "dc-ae" else 3 * self.factor**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +112,8 @@ class FlowConfig:
     endpoint_fraction: float = 0.0
     """Share of training draws put exactly at the noisiest end of the interval, where a one-step estimate is taken."""
     loss_weighting: Literal["latent", "pixel"] = "latent"
-    """`latent`: every channel counts the same (SANA); `pixel`: as much as its open residual weighs in the picture."""
+    """`latent`: every channel counts the same (SANA); `pixel`: as much as its open residual weighs in the picture, which needs
+    a codec that keeps the norm, so not `dc-ae`."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -139,9 +154,11 @@ class ModelConfig:
     """`none`: plain velocity, SANA-exact. `lr`: the LR image is a Gaussian prior for the latent (see `linearsr.flow`)."""
 
     def __post_init__(self) -> None:
-        """Check that the LR grid meets the token grid by stride-2 convolutions alone."""
+        """Check that the LR grid meets the token grid by stride-2 convolutions alone, and that the loss suits the codec."""
         require(self.scale in (1, 2, 4, 8), "model.scale", self.scale, "1, 2, 4 or 8")
         require(self.codec.factor >= self.scale, "model.codec.factor", self.codec.factor, f"at least the scale, {self.scale}")
+        suits = self.flow.loss_weighting == "latent" or self.codec.kind != "dc-ae"
+        require(suits, "model.flow.loss_weighting", self.flow.loss_weighting, "latent for codec dc-ae, which is not orthonormal")
 
     @property
     def lr_pixels_per_token(self) -> int:

@@ -25,6 +25,7 @@ class LatentSpace:
 
         Raises:
             ValueError: if the statistics have another number of channels than the codec.
+            CodecError: if the codec's weights are not there.
         """
         channels = config.codec.latent_channels
         if len(statistics.std) != channels:
@@ -67,6 +68,6 @@ class LatentSpace:
         """Return the weight of each channel's squared error, (1, c, 1, 1) with mean 1; see `FlowConfig.loss_weighting`."""
         if self.config.flow.loss_weighting == "latent":
             return torch.ones_like(self.std)
-        # The codec is orthonormal, so a channel's open variance in the picture is that of its residual in pixels.
+        # Only orthonormal codecs get here (`ModelConfig`), so a channel's open variance in the picture is that of its residual in pixels.
         spread = self.std * self.sigma if self.config.prior == "lr" else self.std
         return spread.square() / spread.square().mean()

@@ -13,6 +13,9 @@ SMALLEST_STD = 1e-3
 def measure_statistics(config: ModelConfig, hr: Tensor, lr: Tensor) -> LatentStatistics:
     """Measure per-channel statistics on training pairs.
 
+    A codec with a scaling factor of its own, DC-AE, keeps it, as SANA has it: mean 0, one deviation for all channels. Then only
+    what LR leaves open is measured, and that only for a model with the LR prior; without it nothing is encoded.
+
     Args:
         config: Codec and scale.
         hr: Crops (B, 3, H, W) in [-1, 1].
@@ -20,11 +23,17 @@ def measure_statistics(config: ModelConfig, hr: Tensor, lr: Tensor) -> LatentSta
     """
     channels = config.codec.latent_channels
     raw = LatentSpace(config, LatentStatistics(mean=(0.0,) * channels, std=(1.0,) * channels, residual_std=(1.0,) * channels))
+    scaling = raw.codec.scaling_factor
+    if scaling is not None and config.prior == "none":
+        return LatentStatistics(mean=(0.0,) * channels, std=(1 / scaling,) * channels, residual_std=(1.0,) * channels)
     latent = raw.encode(hr)
-    std = latent.std(dim=(0, 2, 3)).clamp_min(SMALLEST_STD)
-    residual = (latent - raw.prior_mean(lr)) / std[:, None, None]
+    if scaling is None:
+        mean, std = latent.mean(dim=(0, 2, 3)), latent.std(dim=(0, 2, 3)).clamp_min(SMALLEST_STD)
+    else:
+        mean, std = torch.zeros(channels), torch.full((channels,), 1 / scaling, dtype=torch.float64)
+    residual = (latent - raw.prior_mean(lr)) / std.to(latent)[:, None, None]
     spread = residual.square().mean(dim=(0, 2, 3)).sqrt().clamp_min(SMALLEST_STD)
-    return LatentStatistics(mean=_floats(latent.mean(dim=(0, 2, 3))), std=_floats(std), residual_std=_floats(spread))
+    return LatentStatistics(mean=_floats(mean), std=_floats(std), residual_std=_floats(spread))
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from linearsr.codec_source import verify_codec
 from linearsr.config import AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
 from linearsr.degradation import augment, degrade
 from linearsr.flow import interpolate, sample_times
@@ -41,6 +42,8 @@ class TaskConfig:
     """Names in `linearsr.metrics.METRICS`."""
     metric_weights: str | None = None
     """Local folder with the weights of learned metrics."""
+    codec_digest: str | None = None
+    """Hash that the codec must have on every worker; None takes whatever is there."""
     seed: int = 0
 
 
@@ -53,7 +56,13 @@ class SuperResolutionTask:
     """Flow-matching training of one `SuperResolver` on one interval of noise levels."""
 
     def __init__(self, config: TaskConfig) -> None:
-        """Keep the config; nothing heavy happens before `build`."""
+        """Keep the config; nothing heavy happens before `build`, but the codec's weights are compared with their hash.
+
+        Raises:
+            CodecError: if this machine has another codec than `config.codec_digest` says, or none.
+        """
+        if config.codec_digest is not None:
+            verify_codec(config.model.codec, config.codec_digest)
         self.config = config
         self._space = LatentSpace(config.model, config.statistics)
         self._meter: Meter | None = None

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "ray", "mlflow", "deepspeed", "webdataset", "pyiqa", "transformers")
+HEAVY = ("torch", "ray", "mlflow", "deepspeed", "webdataset", "pyiqa", "transformers", "diffusers", "huggingface_hub")
 LIGHT = [
     "linearsr",
     "linearsr.config",
+    "linearsr.codec_source",
     "linearsr.experts",
     "linearsr_platform",
     "linearsr_platform.errors",

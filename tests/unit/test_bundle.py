@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from linearsr.bundle import BundleError, load_bundle, save_bundle
+from linearsr.codec_source import codec_digest
 from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig, TagsConfig
 
 CONFIG = ModelConfig(
@@ -111,6 +112,24 @@ def test_a_foreign_manifest_is_refused_with_what_is_wrong(folder, name):
         load_bundle(folder)
     assert str(folder / "bundle.json") in str(caught.value)
     assert "fix:" in str(caught.value)
+
+
+def test_a_bundle_from_before_codecs_were_recorded_loads(folder):
+    digest = load_bundle(folder).codec_digest
+    assert digest == codec_digest(CONFIG.codec)
+    rewrite(folder, lambda content: (content.pop("codec"), content["config"].update(codec={"kind": "space_to_depth", "factor": 4})))
+    old = load_bundle(folder)
+    assert (old.config, old.codec_digest) == (CONFIG, digest)
+    rewrite(folder, lambda content: content["config"].update(codec={"kind": "dc-ae", "factor": 32, "source": "gone"}))
+    with pytest.raises(BundleError, match="codec: got no hash"):
+        load_bundle(folder)
+
+
+def test_a_bundle_of_another_version_of_the_codec_is_refused(folder):
+    digest = load_bundle(folder).codec_digest
+    rewrite(folder, lambda content: content.update(codec="0" * 64))
+    with pytest.raises(BundleError, match=f"space_to_depth, factor 4: got SHA-256 {digest}; expected {'0' * 64}; fix:"):
+        load_bundle(folder)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):

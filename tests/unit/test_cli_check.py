@@ -12,6 +12,7 @@ from linearsr_platform.cli.boundary import reports_errors
 from linearsr_platform.errors import StageError, UserError
 
 ROOT = Path(__file__).parents[2]
+LATENT = ("--set", "model.flow.loss_weighting=latent")
 QUICKSTART = str(ROOT / "pipelines" / "quickstart.yaml")
 
 
@@ -32,6 +33,12 @@ def test_check_summarises_a_recipe_without_importing_anything_heavy():
     assert "HEAVY []" in done.stdout
     for part in ("quickstart", "prepare > pretrain > experts", "linearsr-quickstart", "/data/runs"):
         assert part in done.stdout
+
+
+def test_check_misses_the_weights_of_a_codec(tmp_path):
+    done = linearsr("check", QUICKSTART, "--set", f"model.codec={{kind: dc-ae, factor: 32, source: {tmp_path}/dcae}}", *LATENT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: codec.source: got '{tmp_path}/dcae'; expected a local folder, which is not there; fix: name")
 
 
 def test_check_tells_all_errors_on_standard_error_and_counts_them():

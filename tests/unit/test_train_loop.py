@@ -369,11 +369,18 @@ def test_next_stage_starts_from_the_weights_it_is_given(train, tmp_path: Path) -
         train(config(), "third", init=str(tmp_path / "other.safetensors"))
 
 
-def test_checkpoint_of_other_workers_is_refused(train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "other", "message"),
+    [
+        ('"workers": 1', '"workers": 2', "got shares of 2 workers; expected 1; fix: set train"),
+        ('"codec": null', '"codec": "ab"', "got codec ab; expected None; fix: name the codec"),
+    ],
+)
+def test_checkpoint_of_other_workers_or_another_codec_is_refused(train, own: str, other: str, message: str) -> None:
     _, recorder = train(config(max_steps=1), "one")
     document = recorder.folder / "1" / "rank_0.json"
-    document.write_text(document.read_text().replace('"workers": 1', '"workers": 2'))
-    with pytest.raises(StageError, match="got shares of 2 workers; expected 1; fix: set train"):
+    document.write_text(document.read_text().replace(own, other))
+    with pytest.raises(StageError, match=message):
         train(config(), "two", resume=recorder.folder / "1")
 
 

@@ -13,11 +13,13 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Check a recipe without running it: every error at once, or a summary of the run."""
+    from linearsr.codec_source import check_codec
     from linearsr_platform import storage
     from linearsr_platform.recipe.load import load_recipe
     from linearsr_platform.recipe.schema import STAGE_NAMES, TRAINING_STAGES
 
     loaded = load_recipe(recipe, profile, overrides or ())
+    check_codec(loaded.recipe.model.codec)
     rows = {"name": loaded.recipe.name, "hash": loaded.hash, "stages": " > ".join(STAGE_NAMES)}
     for where in TRAINING_STAGES:
         stage = loaded.recipe.training_stage(where)

@@ -50,7 +50,10 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything there is to know about a prepared data set without opening its shards."""
+    """Everything there is to know about a prepared data set without opening its shards.
+
+    Shards hold photographs, not latents, so no codec is part of their identity.
+    """
 
     version: int
     recipe_hash: str

@@ -43,6 +43,7 @@ def all_rules() -> Iterator[Rule]:
     """Yield every rule of a recipe, those of training stages once for each stage."""
     yield Rule(("model.preset", "model.backbone"), _one_backbone)
     yield Rule(("model.scale", "model.codec"), _codec_reaches_scale)
+    yield Rule(("model.flow", "model.codec"), _loss_suits_codec)
     yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
     yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
     for key in ("validation.metrics", "evaluate.metrics"):
@@ -88,6 +89,13 @@ def _codec_reaches_scale(recipe: Recipe) -> Iterator[Broken]:
     factor, scale = recipe.model.codec.factor, recipe.model.scale
     if factor < scale:
         yield Broken("model.codec.factor", factor, f"at least model.scale, {scale}")
+
+
+def _loss_suits_codec(recipe: Recipe) -> Iterator[Broken]:
+    weighting, kind = recipe.model.flow.loss_weighting, recipe.model.codec.kind
+    if weighting == "pixel" and kind == "dc-ae":
+        rule = "latent with codec dc-ae: it is not orthonormal, so errors in latents do not weigh in the picture as they are"
+        yield Broken("model.flow.loss_weighting", weighting, rule)
 
 
 def _validation_crop(recipe: Recipe) -> Iterator[Broken]:

@@ -4,12 +4,13 @@ The only file of the platform that names the method's task; a worker builds it f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from linearsr.config import LatentStatistics, ModelConfig, TagsConfig
+from linearsr.codec_source import codec_digest
+from linearsr.config import CodecConfig, LatentStatistics, ModelConfig, TagsConfig
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr.metric_table import metric_spec
@@ -34,12 +35,20 @@ def model_config(context: RunContext) -> ModelConfig:
     model = context.recipe.model
     return ModelConfig(
         scale=model.scale,
-        codec=model.codec,
+        codec=codec_of(context),
         backbone=model.resolved_backbone,
         flow=model.flow,
         prior=model.prior,
         tags=TagsConfig(vocabulary=manifest_of(context).vocabulary, max_tags=model.max_tags, dropout=model.tag_dropout),
     )
+
+
+def codec_of(context: RunContext) -> CodecConfig:
+    """Return the recipe's codec; a folder of weights is made absolute, because workers have another working directory."""
+    codec = context.recipe.model.codec
+    if codec.source is None or not Path(codec.source).expanduser().is_dir():
+        return codec
+    return replace(codec, source=storage.absolute(codec.source))
 
 
 def statistics_of(context: RunContext) -> LatentStatistics:
@@ -60,9 +69,10 @@ def make_job(
     init_weights: str | None = None,
 ) -> TrainJob:
     """Describe one trainer: the network of `interval`, fed by `split`, writing below `url`/`name`."""
-    recipe = context.recipe
+    recipe, model = context.recipe, model_config(context)
+    digest = codec_digest(model.codec)
     task = TaskConfig(
-        model=model_config(context),
+        model=model,
         statistics=statistics,
         interval=interval,
         degradation=recipe.degradation,
@@ -71,6 +81,7 @@ def make_job(
         validation_steps=recipe.validation.steps,
         metrics=recipe.validation.metrics,
         metric_weights=context.metric_weights,
+        codec_digest=digest,
         seed=recipe.seed,
     )
     return TrainJob(
@@ -83,6 +94,7 @@ def make_job(
         validation_shards=shards_of(context, "validation"),
         output_url=storage.join(url, name),
         init_weights=init_weights,
+        codec_digest=digest,
         seed=recipe.seed,
     )
 

@@ -2,6 +2,7 @@
 
 from uuid import uuid4
 
+from linearsr.codec_source import check_codec
 from linearsr.metrics import Meter, MetricError
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
@@ -10,11 +11,13 @@ from linearsr_platform.tracking.store import check_reachable
 
 
 def check_before_start(recipe: Recipe) -> None:
-    """Refuse a run whose storage cannot be written, whose MLflow does not answer or whose metrics cannot be computed.
+    """Refuse a run whose storage cannot be written, whose MLflow does not answer, or whose codec or metrics lack their weights.
 
     Raises:
         UserError: saying which, and what to do.
+        CodecError: the same of the codec.
     """
+    check_codec(recipe.model.codec)
     check_writable(recipe.storage)
     if recipe.tracking.uri is not None:
         check_reachable(recipe.tracking.uri)

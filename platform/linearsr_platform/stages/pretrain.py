@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from linearsr.codec_source import codec_digest
 from linearsr.config import LatentStatistics
 from linearsr.degradation import augment, degrade
 from linearsr.statistics import measure_statistics
@@ -10,7 +11,7 @@ from linearsr.task import to_pixels
 from linearsr_platform.data.manifest import verify_shards
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.stages.context import RunContext, StageOutput
-from linearsr_platform.stages.jobs import as_data, describe, make_job, model_config, run_jobs, statistics_data
+from linearsr_platform.stages.jobs import as_data, codec_of, describe, make_job, model_config, run_jobs, statistics_data
 from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
 
@@ -21,11 +22,11 @@ NAME = "pretrain"
 
 
 def settings(context: RunContext) -> object:
-    """Return every section that the trained network depends on."""
+    """Return every section that the trained network depends on, and the hash of the codec: other weights train other networks."""
     recipe = context.recipe
     sections = ("degradation", "augmentation", "model", "validation", "pretrain")
     dump = recipe.model_dump(mode="json")
-    return {"seed": recipe.seed, **{name: dump[name] for name in sections}}
+    return {"seed": recipe.seed, "codec": codec_digest(codec_of(context)), **{name: dump[name] for name in sections}}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:

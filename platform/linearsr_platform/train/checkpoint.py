@@ -40,20 +40,21 @@ class LoopState:
     """Every trip of the guard so far, those of rolled-back steps too."""
 
 
-def save_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage, state: LoopState) -> None:
-    """Write this worker's share into an empty folder. Every worker calls it."""
+def save_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage, state: LoopState, *, codec: str | None) -> None:
+    """Write this worker's share into an empty folder, with the hash of the codec. Every worker calls it."""
     engine.save(folder)
     tensors = {AVERAGE.format(index): tensor.contiguous() for index, tensor in enumerate(average.tensors())}
     save_file({**tensors, GENERATOR: engine.generator.get_state()}, folder / f"rank_{rank()}.safetensors")
-    document = {"workers": world_size(), **asdict(state)}
+    document = {"workers": world_size(), "codec": codec, **asdict(state)}
     (folder / f"rank_{rank()}.json").write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage) -> LoopState:
+def load_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage, *, codec: str | None) -> LoopState:
     """Restore engine, average and noise generator from a folder with the shares of all workers, and return the loop's state.
 
     Raises:
-        StageError: if the checkpoint was written by another number of workers, whose shares do not fit.
+        StageError: if the checkpoint was written by another number of workers, whose shares do not fit, or with another codec
+            than that of hash `codec`, whose latents mean something else.
     """
     path = folder / f"rank_{rank()}.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -62,6 +63,13 @@ def load_checkpoint(folder: Path, engine: Engine, average: ExponentialAverage) -
         raise StageError(
             f"checkpoint {folder}: got shares of {workers or 'fewer'} workers; expected {world_size()}; "
             f"fix: set train.workers to what wrote it, or delete it to start over"
+        )
+    # A checkpoint from before codecs were recorded has none; all codecs were embedded then.
+    found = document.pop("codec", None)
+    if found is not None and found != codec:
+        raise StageError(
+            f"checkpoint {folder}: got codec {found}; expected {codec}; "
+            f"fix: name the codec that wrote it in model.codec, or delete it to start over"
         )
     engine.load(folder)
     tensors = load_file(folder / f"rank_{rank()}.safetensors")

@@ -28,6 +28,8 @@ class TrainJob:
     """Folder for `snapshots/` and `outcome.json`."""
     init_weights: str | None = None
     """Safetensors with the weights to start from; None starts from the task's own initialisation."""
+    codec_digest: str | None = None
+    """Hash of the latent codec: part of the job's identity, of its checkpoints and its snapshots. None where there is no codec."""
     seed: int = 0
 
     def build_task(self) -> "Task":

@@ -106,7 +106,7 @@ class _Loop:
     def start(self, resume: Path | None) -> None:
         """Restore a checkpoint, or take the baseline validation of a fresh run."""
         if resume is not None:
-            self._state = load_checkpoint(resume, self._engine, self._average)
+            self._state = load_checkpoint(resume, self._engine, self._average, codec=self._job.codec_digest)
             self._batches.restore(self._state.batches)
             self._saved_step = self._state.step
         # Seconds that earlier attempts spent count as if this one had started that much sooner.
@@ -114,7 +114,8 @@ class _Loop:
         if rank() == 0:
             storage.remove(self._outcome_url)
         url = storage.join(self._job.output_url, SNAPSHOT_FOLDER)
-        self._snapshots = Snapshots(url, self._config.knee.keep, last_step=None if resume is None else self._state.step)
+        last_step = None if resume is None else self._state.step
+        self._snapshots = Snapshots(url, self._config.knee.keep, last_step=last_step, codec=self._job.codec_digest)
         for point in self._state.history:
             self._decide(point)
         if not self._state.history and (fault := self._validate()) is not None:
@@ -246,7 +247,7 @@ class _Loop:
         state = self._state
         state.batches = self._batches.state()
         folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
-        save_checkpoint(folder, self._engine, self._average, state)
+        save_checkpoint(folder, self._engine, self._average, state, codec=self._job.codec_digest)
         self._saved_step = state.step
         self._observer.on_checkpoint(state.step, folder, self._metrics)
         self._mark = self._clock()

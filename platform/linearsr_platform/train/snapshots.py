@@ -12,16 +12,18 @@ from linearsr_platform.train.processes import rank
 class Snapshots:
     """The files `step_00000100.safetensors` in one folder. All workers keep the list, worker 0 touches the files."""
 
-    def __init__(self, url: str, keep: int, *, last_step: int | None) -> None:
+    def __init__(self, url: str, keep: int, *, last_step: int | None, codec: str | None = None) -> None:
         """Find what an earlier attempt left.
 
         Args:
             url: folder of the snapshots.
             keep: how many to keep, beside those that must not go.
             last_step: step that training resumes from, later snapshots are not counted; None starts with an empty folder.
+            codec: hash of the codec, written into every file beside the weights; None where there is no codec.
         """
         self._url = url
         self._keep = keep
+        self._metadata = None if codec is None else {"codec": codec}
         self._steps: list[int] = []
         if last_step is not None:
             names = (storage.name_of(file) for file in storage.list_files(url, "step_*.safetensors"))
@@ -37,7 +39,7 @@ class Snapshots:
     def write(self, step: int, weights: dict[str, Tensor]) -> None:
         """Keep the weights after `step` steps; only worker 0's are used."""
         if rank() == 0:
-            storage.write_bytes(self.url(step), save(weights))
+            storage.write_bytes(self.url(step), save(weights, self._metadata))
         if step not in self._steps:
             self._steps.append(step)
 
