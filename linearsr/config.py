@@ -96,7 +96,8 @@ BACKBONES: dict[str, BackboneConfig] = {
     "sana-600m": BackboneConfig(width=1152, num_blocks=28, num_cross_heads=16),
     "sana-1600m": BackboneConfig(width=2240, num_blocks=20, num_cross_heads=20),
 }
-"""Named sizes; `sana-*` are the published ones (591.75M and 1604.46M parameters with 32 latent channels and no stem)."""
+"""Named sizes. Parameters with an f32 codec of 32 channels, the LR stem and no tags: nano 0.37M, tiny 20.02M, sana-600m 591.90M,
+sana-1600m 1604.65M. Without the stem and its channels `sana-*` are the published 591.75M and 1604.46M. method.md 2.1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
