@@ -1,6 +1,5 @@
 """Several experts as one denoiser: at every noise level the sampler asks the one that owns it."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,8 +9,8 @@ from torch import Tensor
 from linearsr.config import SamplerConfig
 from linearsr.experts import route
 from linearsr.model import Condition, SuperResolver
-from linearsr.sampling import Denoiser, sample
-from linearsr.schedule import UnvisitedExpertWarning, sampling_times, unvisited_experts
+from linearsr.sampling import Denoiser, sample, sampling_times
+from linearsr.schedule import warn_of_unvisited
 
 
 class RoutedSampler:
@@ -22,18 +21,18 @@ class RoutedSampler:
         self.experts, self.boundaries, self.sampler = experts, tuple(boundaries), sampler
 
     def times(self, steps: int | None = None) -> tuple[float, ...]:
-        """Return the noise levels at which an expert runs, descending; `steps` other than the sampler's are on its grid."""
-        return sampling_times(self._with_steps(steps), self.experts[0].config.flow.shift)
+        """Return the noise levels at which an expert runs, descending; `steps` other than the sampler's are on its grid.
 
-    def _with_steps(self, steps: int | None) -> SamplerConfig:
-        if steps is None or steps == self.sampler.num_steps:
-            return self.sampler
-        return replace(self.sampler, num_steps=steps, times=None)
+        Warns with `UnvisitedExpertWarning` if they never call one of the experts.
+        """
+        sampler = self.sampler
+        if steps is not None and steps != sampler.num_steps:
+            sampler = replace(sampler, num_steps=steps, times=None)
+        warn_of_unvisited(sampler, self.experts[0].config.flow.shift, self.boundaries)
+        return sampling_times(sampler, self.experts[0].config.flow.shift)
 
     def sample(self, noise: Tensor, pixels: Tensor, tag_ids: Tensor, steps: int | None = None) -> Tensor:
         """Return the clean latent that the experts make of `noise`, both (B, c, H, W).
-
-        Warns with `UnvisitedExpertWarning` if the sampler's times never call one of the experts.
 
         Args:
             noise: standard normal; the sampler's temperature is applied here.
@@ -41,9 +40,6 @@ class RoutedSampler:
             tag_ids: (B, T).
             steps: sampler steps; None takes the sampler as it is.
         """
-        missed = unvisited_experts(self._with_steps(steps), self.experts[0].config.flow.shift, self.boundaries)
-        if missed is not None:
-            warnings.warn(missed, UnvisitedExpertWarning, stacklevel=2)
         denoise = self._denoiser(pixels, tag_ids)
         start = self.sampler.temperature * noise
         return sample(denoise, start, self.times(steps), kind=self.sampler.kind, expert_of=lambda t: route(t, self.boundaries))

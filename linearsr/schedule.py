@@ -3,6 +3,7 @@
 Times u are unshifted, t are noise levels after the shift, which is what networks and `route` see; both run from 0 to 1 (noise).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +18,7 @@ FloatOrTensor = TypeVar("FloatOrTensor", float, "Tensor")
 _SANA_START = 0.999
 _FINEST = 1e-3
 """The unshifted time nearest to data in SANA's training: its times are thousandths."""
-_MOST_STEPS = 1000
+_MOST_STEPS = 200
 
 
 class UnvisitedExpertWarning(UserWarning):
@@ -70,6 +71,13 @@ def unvisited_experts(config: SamplerConfig, shift: float, boundaries: Sequence[
     which = f"{config.num_steps} step{'s' if config.num_steps > 1 else ''} on the {config.grid} grid" if config.times is None else "times"
     fix = "list a time inside each of these intervals" if config.times is not None else _more_steps(config, shift, boundaries)
     return f"sampler: got {which} without a noise level for {missed}; expected one for each expert, which else never runs; fix: {fix}"
+
+
+def warn_of_unvisited(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> None:
+    """Warn with `UnvisitedExpertWarning`, in the words of `unvisited_experts`, if the sampler misses an expert."""
+    missed = unvisited_experts(config, shift, boundaries)
+    if missed is not None:
+        warnings.warn(missed, UnvisitedExpertWarning, stacklevel=3)
 
 
 def _more_steps(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> str:

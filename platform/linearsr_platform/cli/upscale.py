@@ -42,10 +42,11 @@ def upscale(
 
     quiet_libraries(verbose=verbose)
     from linearsr.schedule import UnvisitedExpertWarning
+
+    tell_warnings(UnvisitedExpertWarning)
     from linearsr.upscaler import Upscaler
     from linearsr_platform.cli.progress import make_display
 
-    tell_warnings(UnvisitedExpertWarning)
     upscaler = Upscaler(load(model, storage, tracking_uri))
     words = [word.strip() for word in tags.split(",") if word.strip()]
     with make_display() as display:
