@@ -5,6 +5,7 @@ Times u are unshifted, t are noise levels after the shift, which is what network
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from linearsr.config import SamplerConfig
@@ -19,6 +20,7 @@ _SANA_START = 0.999
 _FINEST = 1e-3
 """The unshifted time nearest to data in SANA's training: its times are thousandths."""
 _MOST_STEPS = 200
+"""Steps beyond which more of them are no advice."""
 
 
 class UnvisitedExpertWarning(UserWarning):
@@ -83,14 +85,12 @@ def warn_of_unvisited(config: SamplerConfig, shift: float, boundaries: Sequence[
 def _more_steps(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> str:
     """Name the least number of steps, and the other grid if it helps at once."""
 
-    def reaches_all(grid: SamplerConfig) -> bool:
-        return 0 not in steps_per_expert(sampling_times(grid, shift), boundaries)
+    def reaches_all(other: SamplerConfig) -> bool:
+        return 0 not in steps_per_expert(sampling_times(other, shift), boundaries)
 
-    def grid_of(kind: str, count: int) -> SamplerConfig:
-        return SamplerConfig(num_steps=count, grid=kind)  # type: ignore[arg-type]
-
-    enough = next((count for count in range(config.num_steps + 1, _MOST_STEPS) if reaches_all(grid_of(config.grid, count))), None)
+    more = range(config.num_steps + 1, _MOST_STEPS)
+    enough = next((count for count in more if reaches_all(replace(config, num_steps=count))), None)
     ways = [] if enough is None else [f"take at least {enough} steps"]
-    if reaches_all(grid_of("flow-euler", config.num_steps)):
+    if reaches_all(replace(config, grid="flow-euler")):
         ways.append("set sampler.grid to flow-euler")
     return " or ".join([*ways, "list sampler.times"])
