@@ -96,7 +96,8 @@ BACKBONES: dict[str, BackboneConfig] = {
     "sana-600m": BackboneConfig(width=1152, num_blocks=28, num_cross_heads=16),
     "sana-1600m": BackboneConfig(width=2240, num_blocks=20, num_cross_heads=20),
 }
-"""Named sizes; `sana-*` are the published ones (591.75M and 1604.46M parameters with 32 latent channels and no stem)."""
+"""Named sizes. Parameters with an f32 codec of 32 channels, the LR stem and no tags: nano 0.37M, tiny 20.02M, sana-600m 591.90M,
+sana-1600m 1604.65M. Without the stem and its channels `sana-*` are the published 591.75M and 1604.46M. method.md 2.1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +216,10 @@ class SamplerConfig:
     temperature: float = 1.0
     """Standard deviation of the initial noise. 1 is the flow's own; less trades variety for fidelity."""
     times: tuple[float, ...] | None = None
-    """Noise levels at which the network is evaluated, descending from 1; None is the shifted uniform grid of `num_steps`."""
+    """Noise levels at which the network is evaluated, descending from 1; None takes `grid`."""
+    grid: Literal["uniform", "sana", "flow-euler"] = "uniform"
+    """Where the steps lie, before the shift: `uniform`, u = 1 - i / N; `sana`, its solver's 0.999 (1 - i / N); `flow-euler`, evenly
+    from 1 to nearly 0, as diffusers' flow Euler scheduler, so that few steps reach the detail expert. method.md 1.5, 3.7."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that explicit times match the number of steps."""
@@ -226,6 +230,7 @@ class SamplerConfig:
             descending = all(high > low for high, low in zip(self.times, self.times[1:], strict=False))
             valid = len(self.times) == self.num_steps and self.times[0] <= 1 and self.times[-1] > 0 and descending
             require(valid, "sampler.times", self.times, f"num_steps = {self.num_steps} descending numbers in (0, 1]")
+            require(self.grid == "uniform", "sampler.grid", self.grid, "unset where times are given")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

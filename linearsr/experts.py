@@ -12,6 +12,8 @@ from math import exp, inf, log
 EFFECTIVE_LOG_SNR = (-7.044, 8.885)
 """Range of log-SNR whose bisection at 0.875 gives the paper's three boundaries. method.md 3.2."""
 
+_LARGE = 100.0
+
 
 def log_snr(noise_level: float) -> float:
     """Return lambda(t) = 2 ln((1 - t) / t); -inf at t = 1 and inf at t = 0. Source: method.md 1.2."""
@@ -22,9 +24,9 @@ def log_snr(noise_level: float) -> float:
 
 def noise_level(log_snr_value: float) -> float:
     """Return the t in [0, 1] whose log-SNR is `log_snr_value`; the inverse of `log_snr`."""
-    if log_snr_value == inf:
-        return 0.0
-    return 1.0 if log_snr_value == -inf else 1 / (1 + exp(log_snr_value / 2))
+    half = log_snr_value / 2
+    # exp(half) overflows at 710; long before, the 1 beside it has no weight.
+    return exp(-half) if half > _LARGE else 1 / (1 + exp(half))
 
 
 def bisect_boundaries(
@@ -66,6 +68,8 @@ def training_interval(index: int, boundaries: Sequence[float], overlap_log_snr: 
     Source: method.md 3.6 (soft assignment in training, hard routing at inference).
     """
     low, high = intervals(boundaries)[index]
+    if overlap_log_snr == 0:  # There and back by way of log-SNR would move an edge by a rounding.
+        return low, high
     return (
         low if low == 0 else noise_level(log_snr(low) + overlap_log_snr),
         high if high == 1 else noise_level(log_snr(high) - overlap_log_snr),

@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from linearsr.config import FlowConfig
+from linearsr.schedule import shift_time, unshift_time
 
-
-def shift_time(u: float, shift: float) -> float:
-    """Return t' = s u / (1 + (s - 1) u) for u in [0, 1]. Source: method.md 1.3."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def unshift_time(t: float, shift: float) -> float:
-    """Return the u in [0, 1] that `shift_time` maps to t."""
-    return t / (shift - (shift - 1) * t)
+SMALLEST_TIME = 1e-5
+"""No noise level below it is drawn: in float32 the error of an estimate, which shrinks with t, would be lost in rounding."""
 
 
 def sample_times(count: int, interval: tuple[float, float], config: FlowConfig, generator: torch.Generator) -> Tensor:
@@ -33,18 +27,41 @@ def sample_times(count: int, interval: tuple[float, float], config: FlowConfig, 
         config: Shift, and mean and deviation of the logit-normal.
         generator: Source of randomness, on the CPU.
     Returns:
-        (count,) float32, each inside the closed interval.
+        (count,) float32, each inside [low, high), or [low, 1] if high is 1: `route` sends all to the interval's owner.
     Source: method.md 3.6.
     """
-    edges = torch.tensor([unshift_time(t, config.shift) for t in interval], dtype=torch.float64)
-    low, high = torch.special.ndtr((torch.logit(edges) - config.logit_mean) / config.logit_std)
+    low, high, sign = _quantiles(interval, config)
     quantile = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
-    u = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(quantile))
-    t = config.shift * u / (1 + (config.shift - 1) * u)
+    u = torch.sigmoid(config.logit_mean + config.logit_std * sign * torch.special.ndtri(quantile))
+    t = shift_time(u, config.shift)
     if config.endpoint_fraction:
         at_end = torch.rand(count, generator=generator, dtype=torch.float64) < config.endpoint_fraction
         t = torch.where(at_end, interval[1], t)
-    return t.clamp(*interval).float()
+    return _into(t, interval)
+
+
+def _quantiles(interval: tuple[float, float], config: FlowConfig) -> tuple[Tensor, Tensor, float]:
+    """Return the normal quantiles of both edges and their sign: -1 where they are those of the mirrored distribution.
+
+    They are taken on the side of the median where both are small, for near 1 float64 has no far tail.
+    """
+    edges = torch.tensor([unshift_time(t, config.shift) for t in interval], dtype=torch.float64)
+    scores = (torch.logit(edges) - config.logit_mean) / config.logit_std
+    sign = -1.0 if scores[0] > 0 else 1.0
+    # torch's `ndtr` is 1 - 1 + something in the tail, and 0 from a score of -9 on.
+    low, high = torch.special.erfc(-sign * scores / 2**0.5) / 2
+    return low, high, sign
+
+
+def _into(t: Tensor, interval: tuple[float, float]) -> Tensor:
+    """Round float64 noise levels to float32 without leaving the interval: rounding alone may cross an edge by half a unit."""
+    low, high = (torch.tensor(edge, dtype=torch.float64) for edge in (max(interval[0], SMALLEST_TIME), interval[1]))
+    lowest, highest = low.float(), high.float()
+    if lowest < low:
+        lowest = torch.nextafter(lowest, torch.ones(()))
+    if highest >= high and interval[1] < 1:
+        highest = torch.nextafter(highest, torch.zeros(()))
+    return t.float().clamp(lowest, highest)
 
 
 def interval_mass(interval: tuple[float, float], config: FlowConfig) -> float:
@@ -55,11 +72,8 @@ def interval_mass(interval: tuple[float, float], config: FlowConfig) -> float:
         config: Shift, mean and deviation of the logit-normal, and the share of draws at t = 1.
     Source: the distribution that `sample_times` draws from; method.md 3.6.
     """
-    edges = torch.tensor([unshift_time(t, config.shift) for t in interval], dtype=torch.float64)
-    low, high = ((torch.logit(edges) - config.logit_mean) / config.logit_std).tolist()
-    # On the side of the median where both are small: a difference of two numbers near 1 would lose the far tail.
-    sign = -1.0 if low > 0 else 1.0
-    drawn = float(torch.special.ndtr(sign * torch.tensor([low, high], dtype=torch.float64)).diff().abs())
+    low, high, _ = _quantiles(interval, config)
+    drawn = float((high - low).abs())
     return (1 - config.endpoint_fraction) * drawn + (config.endpoint_fraction if interval[1] == 1 else 0.0)
 
 

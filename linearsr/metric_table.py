@@ -22,10 +22,10 @@ class MetricSpec:
 METRICS: dict[str, MetricSpec] = {
     "psnr_y": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
     "ssim_y": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
+    "ms_ssim": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
     "gmsd": MetricSpec(higher_is_better=False, full_reference=True, needs="pyiqa"),
     "fsim": MetricSpec(higher_is_better=True, full_reference=True, needs="pyiqa"),
     "vsi": MetricSpec(higher_is_better=True, full_reference=True, needs="pyiqa"),
-    "ms_ssim": MetricSpec(higher_is_better=True, full_reference=True, needs="pyiqa"),
     "nlpd": MetricSpec(higher_is_better=False, full_reference=True, needs="pyiqa"),
     "vif": MetricSpec(higher_is_better=True, full_reference=True, needs="pyiqa"),
     "piqe": MetricSpec(higher_is_better=False, full_reference=False, needs="pyiqa"),

@@ -1,4 +1,4 @@
-"""Image metrics with a fixed protocol: PSNR and SSIM on Y computed here, the others by pyiqa.
+"""Image metrics with a fixed protocol: PSNR, SSIM and MS-SSIM by `linearsr.similarity`, the others by pyiqa.
 
 Nothing is ever downloaded: a metric that needs weights reads them from a local folder or says what to put there.
 """
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from linearsr.metric_table import METRICS, MetricSpec, metric_spec
+from linearsr.similarity import IDENTICAL_PSNR_DB, ms_ssim, psnr_y, ssim_y
 
 __all__ = [
+    "IDENTICAL_PSNR_DB",
     "METRICS",
     "PROTOCOLS",
     "Meter",
@@ -31,15 +32,10 @@ __all__ = [
     "MissingWeightsError",
     "metric_spec",
     "orientations",
-    "psnr_y",
-    "ssim_y",
 ]
 
 PROTOCOLS: dict[str, int] = {"quickstart": 4, "classic": 4}
 """Pixels cut off each side before PSNR-Y and SSIM-Y, by protocol: as many as the scale, 4."""
-
-IDENTICAL_PSNR_DB = 100.0
-"""PSNR of identical images: finite, so that means and JSON survive it, and above any that differ visibly."""
 
 _SMALLEST_SIDE_PX = {"ssim_y": 11, "ms_ssim": 176, "niqe": 192, "maniqa": 224, "maniqa-pipal": 224}
 # Metrics whose own file is loaded here, and whether it holds every parameter: LPIPS and DISTS add theirs to an ImageNet network.
@@ -60,39 +56,8 @@ def orientations(names: Sequence[str]) -> dict[str, bool]:
     return {name: metric_spec(name).higher_is_better for name in names}
 
 
-def luminance(image: Tensor) -> Tensor:
-    """Turn RGB (B, 3, H, W) in [0, 1] into Y (B, 1, H, W) in [16, 235], float64. Source: BT.601 studio range, as MATLAB and BasicSR."""
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device).view(1, 3, 1, 1)
-    return (image.double() * weights).sum(dim=1, keepdim=True) + 16
-
-
-def psnr_y(sr: Tensor, hr: Tensor) -> Tensor:
-    """Return the PSNR of Y in dB, (B,) float64, for RGB (B, 3, H, W) in [0, 1]; identical images give `IDENTICAL_PSNR_DB`."""
-    error = (luminance(sr) - luminance(hr)).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(255**2 / error)).clamp(max=IDENTICAL_PSNR_DB)
-
-
-def ssim_y(sr: Tensor, hr: Tensor) -> Tensor:
-    """Return the SSIM of Y, (B,) float64, for RGB (B, 3, H, W) in [0, 1] with sides of at least 11 px.
-
-    Source: Wang et al. 2004: 11-tap Gaussian of sigma 1.5, 'valid', K = (0.01, 0.03), L = 255.
-    """
-    offsets = torch.arange(-5, 6, dtype=torch.float64, device=sr.device)
-    taps = torch.softmax(-offsets.square() / (2 * 1.5**2), dim=0)
-
-    def blur(image: Tensor) -> Tensor:
-        return conv2d(conv2d(image, taps.view(1, 1, 11, 1)), taps.view(1, 1, 1, 11))
-
-    x, y = luminance(sr), luminance(hr)
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
-
-
-_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y}
+_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "ms_ssim": ms_ssim}
+_CUT_AT_BORDER = ("psnr_y", "ssim_y")
 
 
 class Meter:
@@ -145,7 +110,7 @@ class Meter:
         return {name: value.masked_fill(broken, float("nan")) for name, value in values.items()}
 
     def _one(self, name: str, sr: Tensor, hr: Tensor | None) -> Tensor:
-        spec, border = metric_spec(name), self._border_px if name in _OWN else 0
+        spec, border = metric_spec(name), self._border_px if name in _CUT_AT_BORDER else 0
         if spec.full_reference and hr is None:
             raise ValueError(f"metric {name!r}: got no originals; expected `hr`; fix: leave out full-reference metrics")
         smallest, side = _SMALLEST_SIDE_PX.get(name, 1) + 2 * border, min(sr.shape[-2:])
@@ -160,7 +125,7 @@ class Meter:
 
 
 def _to_8_bit(image: Tensor) -> Tensor:
-    return (image.detach().float().nan_to_num().clamp(0, 1) * 255).round() / 255
+    return image.detach().float().nan_to_num().clamp_(0, 1).mul_(255).round_().div_(255)
 
 
 def _import_pyiqa(names: Sequence[str]) -> Any:

@@ -10,6 +10,7 @@ from linearsr.config import SamplerConfig
 from linearsr.experts import route
 from linearsr.model import Condition, SuperResolver
 from linearsr.sampling import Denoiser, sample, sampling_times
+from linearsr.schedule import warn_of_unvisited
 
 
 class RoutedSampler:
@@ -20,10 +21,14 @@ class RoutedSampler:
         self.experts, self.boundaries, self.sampler = experts, tuple(boundaries), sampler
 
     def times(self, steps: int | None = None) -> tuple[float, ...]:
-        """Return the noise levels at which an expert runs, descending; `steps` other than the sampler's are on its uniform grid."""
+        """Return the noise levels at which an expert runs, descending; `steps` other than the sampler's are on its grid.
+
+        Warns with `UnvisitedExpertWarning` if they never call one of the experts.
+        """
         sampler = self.sampler
         if steps is not None and steps != sampler.num_steps:
             sampler = replace(sampler, num_steps=steps, times=None)
+        warn_of_unvisited(sampler, self.experts[0].config.flow.shift, self.boundaries)
         return sampling_times(sampler, self.experts[0].config.flow.shift)
 
     def sample(self, noise: Tensor, pixels: Tensor, tag_ids: Tensor, steps: int | None = None) -> Tensor:

@@ -9,20 +9,11 @@ from math import expm1, log
 
 from torch import Tensor
 
-from linearsr.config import SamplerConfig
-from linearsr.flow import shift_time
+from linearsr.schedule import sampling_times
+
+__all__ = ["Denoiser", "sample", "sample_dpm_solver_2m", "sample_euler", "sampling_times"]
 
 Denoiser = Callable[[Tensor, float], Tensor]
-
-
-def sampling_times(config: SamplerConfig, shift: float) -> tuple[float, ...]:
-    """Return the descending noise levels at which the network runs; the path then ends at 0, which is not listed.
-
-    Without explicit times: the shifted uniform grid u_i = 1 - i / N.
-    """
-    if config.times is not None:
-        return config.times
-    return tuple(shift_time(1 - i / config.num_steps, shift) for i in range(config.num_steps))
 
 
 def sample_euler(denoise: Denoiser, noise: Tensor, times: Sequence[float]) -> Tensor:

@@ -51,6 +51,15 @@ def test_check_tells_all_errors_on_standard_error_and_counts_them():
     assert "Traceback" not in done.stderr
 
 
+def test_an_expert_that_would_never_run_is_told_with_what_helps():
+    done = linearsr("check", QUICKSTART, "--set", "sampler={num_steps: 8}")
+    assert done.returncode == 0, done.stderr
+    assert "is valid" in done.stdout
+    assert "warning: sampler: got 8 steps on the uniform grid without a noise level for expert 4 of 4" in done.stderr
+    assert "fix: take at least 12 steps or set sampler.grid to flow-euler" in done.stderr
+    assert linearsr("check", QUICKSTART).stderr == ""
+
+
 def test_a_traceback_comes_with_verbose_only():
     done = linearsr("check", "nowhere.yaml", "--verbose")
     assert done.returncode == 2

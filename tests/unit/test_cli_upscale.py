@@ -66,6 +66,18 @@ def test_the_seed_decides_the_picture(bundle: Path, photo: Path) -> None:
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_too_few_steps_for_all_experts_are_told_once(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(photo.read_bytes())
+    code, output = run(tmp_path / "in", tmp_path / "out", "--model", bundle, "--steps", 1)
+    assert code == 0, output
+    told = " ".join(output.split())
+    assert told.count("warning: sampler: got 1 step on the uniform grid without a noise level for expert 2 of 2 (0.000 to 0.500)") == 1
+    assert "take at least 5 steps" in told
+    assert "warning" not in run(photo, photo.with_name("large.png"), "--model", bundle)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -181,6 +181,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["model.codec={kind: dc-ae, factor: 32, source: x}", "model.flow.loss_weighting=pixel"], "model.flow.loss_weighting"),
         (["model.backbone={width: 64, num_blocks: 1, head_width: 48}", "model.preset=null"], "model.backbone.head_width"),
         (["experts.boundaries=[0.9, 0.2]"], "experts.boundaries"),
+        (["experts.anchor=0.99"], "experts.anchor"),
         (["pretrain.batch_size=9", "pretrain.workers=2"], "pretrain.batch_size"),
         (["finetune.train.warmup_steps=11"], "finetune.train.warmup_steps"),
         (["experts.train.crop_px=66"], "experts.train.crop_px"),

@@ -3,12 +3,15 @@
 import functools
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 from linearsr.codec_source import CodecError
 from linearsr_platform.errors import RecipeErrors, StageError, UserError
+
+if TYPE_CHECKING:
+    from linearsr_platform.recipe.schema import Recipe
 
 _P = ParamSpec("_P")
 
@@ -39,6 +42,14 @@ def reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             raise typer.Exit(UserError.exit_code if by_user else FAILED) from error
 
     return reporting
+
+
+def warn_of(recipe: "Recipe") -> None:
+    """Tell what the recipe may say but hardly means, on standard error."""
+    from linearsr_platform.recipe.notes import notes_on
+
+    for note in notes_on(recipe):
+        typer.echo(f"warning: {note}", err=True)
 
 
 def _tell(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import typer
 
+from linearsr_platform.cli.boundary import warn_of
 from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose
 
 
@@ -35,3 +36,4 @@ def check(
     typer.echo(f"{recipe} is valid")
     for name, value in rows.items():
         typer.echo(f"  {name:<15} {value}")
+    warn_of(loaded.recipe)

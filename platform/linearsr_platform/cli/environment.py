@@ -3,6 +3,9 @@
 import logging
 import os
 import warnings
+from typing import TextIO
+
+import typer
 
 PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is reported to anyone."""
@@ -23,3 +26,21 @@ def quiet_libraries(*, verbose: bool) -> None:
     # That a trial failed is told by the search, with the reason.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
+
+
+def tell_warnings(kind: type[Warning]) -> None:
+    """From now on print each warning of this kind once, as one line on standard error, whatever was filtered before."""
+    told: set[str] = set()  # The filter "once" forgets whenever somebody changes filters, as decoding an image does.
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    ) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+        if issubclass(category, kind):
+            text = f"warning: {message}"
+        if text not in told:
+            typer.echo(text, err=True)
+        told.add(text)
+
+    warnings.filterwarnings("always", category=kind)
+    warnings.showwarning = show

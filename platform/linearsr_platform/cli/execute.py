@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from linearsr_platform import storage
+from linearsr_platform.cli.boundary import warn_of
 from linearsr_platform.cli.environment import quiet_libraries
 from linearsr_platform.cli.progress import RunDisplay, make_display
 from linearsr_platform.recipe.load import LoadedRecipe
@@ -30,6 +31,7 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> No
 
     started = datetime.now().astimezone()
     check_before_start(loaded.recipe)
+    warn_of(loaded.recipe)
     records: list[StageRecord] = []
     with ExitStack() as closing, make_display() as display:
         context = open_context(loaded, display, closing, verbose=verbose)

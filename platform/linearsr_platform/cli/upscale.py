@@ -38,9 +38,12 @@ def upscale(
     if estimate not in ("routed", "one_step"):
         raise UserError(f"--estimate: got {estimate!r}; expected routed or one_step")
     pairs = plan(source, target)
-    from linearsr_platform.cli.environment import quiet_libraries
+    from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
 
     quiet_libraries(verbose=verbose)
+    from linearsr.schedule import UnvisitedExpertWarning
+
+    tell_warnings(UnvisitedExpertWarning)
     from linearsr.upscaler import Upscaler
     from linearsr_platform.cli.progress import make_display
 

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from math import ceil
 
+from linearsr.experts import EFFECTIVE_LOG_SNR, noise_level
 from linearsr.metric_table import METRICS
 from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe, TrainConfig
 
@@ -51,6 +52,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("evaluate.metrics", "evaluate.perceptual"), _claim_is_measured)
     yield Rule(("evaluate.metrics", "promote.metric"), _gate_is_measured)
     yield Rule(("experts.boundaries",), _boundaries_ascend)
+    yield Rule(("experts.boundaries", "experts.anchor", "search"), _anchor_splits_range)
     yield Rule(("cluster",), _devices)
     yield Rule(("search", "validation.metrics"), _search_is_measured)
     yield Rule(("search",), _rungs_ascend)
@@ -145,6 +147,13 @@ def _boundaries_ascend(recipe: Recipe) -> Iterator[Broken]:
     ordered = all(low < high for low, high in pairwise(boundaries))
     if not ordered or not all(0 < t < 1 for t in boundaries):
         yield Broken("experts.boundaries", list(boundaries), "strictly ascending numbers between 0 and 1")
+
+
+def _anchor_splits_range(recipe: Recipe) -> Iterator[Broken]:
+    highest, lowest = (noise_level(value) for value in EFFECTIVE_LOG_SNR)
+    bisected = recipe.experts.boundaries == "bisection" or recipe.search is not None
+    if bisected and not lowest < recipe.experts.anchor < highest:
+        yield Broken("experts.anchor", recipe.experts.anchor, f"a noise level between {lowest:.4f} and {highest:.4f}, which are bisected")
 
 
 def _search_is_measured(recipe: Recipe) -> Iterator[Broken]:

@@ -18,7 +18,7 @@ from linearsr.config import (
     FlowConfig,
     SamplerConfig,
 )
-from linearsr.experts import EFFECTIVE_LOG_SNR
+from linearsr.experts import EFFECTIVE_LOG_SNR, bisect_boundaries
 from linearsr.guard import GuardConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -198,6 +198,11 @@ class ExpertsSection(Section):
     cpus_per_worker: Positive | None = None
     """Overrides `cluster.cpus_per_worker` while experts share the cluster."""
     train: TrainConfig
+
+    @property
+    def resolved_boundaries(self) -> tuple[float, ...]:
+        """The boundaries as numbers, whichever way they were given."""
+        return bisect_boundaries(self.anchor) if self.boundaries == "bisection" else self.boundaries
 
 
 class FinetuneSection(Section):

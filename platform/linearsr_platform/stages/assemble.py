@@ -5,8 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from linearsr.bundle import save_bundle
-from linearsr.experts import steps_per_expert
-from linearsr.sampling import sampling_times
 from linearsr_platform import storage
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.experts import boundaries_of, expert_names
@@ -24,7 +22,6 @@ def settings(context: RunContext) -> object:
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Write the bundle below `url`."""
-    warn_of_idle_experts(context)
     trainers = context.results["finetune"].data["trainers"]
     names = expert_names(context)
     lineage = {
@@ -54,15 +51,6 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         storage.copy_tree(str(folder), bundle_url_in(url))
     tracked.set_tags({"bundle_digest": bundle.digest})
     return StageOutput(f"{len(names)} experts, digest {bundle.digest[:12]}", {"digest": bundle.digest})
-
-
-def warn_of_idle_experts(context: RunContext) -> None:
-    """Say so if the recipe's sampler never calls an expert."""
-    recipe = context.recipe
-    counts = steps_per_expert(sampling_times(recipe.sampler, recipe.model.flow.shift), boundaries_of(context))
-    idle = [name for name, count in zip(expert_names(context), counts, strict=True) if count == 0]
-    if idle:
-        context.display.message(f"warning: the sampler's {recipe.sampler.num_steps} steps never call {', '.join(idle)}; add steps or times")
 
 
 def bundle_url(context: RunContext) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from linearsr.experts import bisect_boundaries, training_interval
+from linearsr.experts import training_interval
 from linearsr_platform.recipe.schema import TrainConfig
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, describe, knee_weights, make_job, run_jobs, statistics_of
@@ -13,8 +13,7 @@ from linearsr_platform.train.job import TrainJob
 
 def boundaries_of(context: RunContext) -> tuple[float, ...]:
     """Return the recipe's boundaries, ascending noise levels."""
-    section = context.recipe.experts
-    return bisect_boundaries(section.anchor) if section.boundaries == "bisection" else section.boundaries
+    return context.recipe.experts.resolved_boundaries
 
 
 def expert_names(context: RunContext) -> list[str]:
