@@ -128,6 +128,30 @@ class TagsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """A text encoder that reads tags as a prompt: a local folder as transformers saves it."""
+
+    folder: str
+    """Folder with config.json, tokenizer and safetensors; read where data is prepared and where tags are given to `upscale`."""
+    kind: Literal["transformers", "gemma2"] = "transformers"
+    """`transformers`: last hidden states of any encoder; `gemma2`: Gemma-2 as SANA uses it."""
+    max_tokens: int = 80
+    """Tokens a prompt. SANA: 300; prompts of tags need fewer than 80. method.md 7 #10."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that the encoder runs in; embeddings are float32 in either case."""
+    instruction: str = ""
+    """Text before every prompt but the empty one, for `gemma2`. SANA puts a long one, tags need none. method.md 7 #10."""
+    suffix: str = ""
+    """Words after the tags when a picture is enlarged. SeeSR: `clean, high-resolution, 8k`."""
+
+    def __post_init__(self) -> None:
+        """Check that there is a folder and room for a first and a last token."""
+        require(bool(self.folder), "text.folder", self.folder, "the folder of a text encoder")
+        require(self.max_tokens >= 2, "text.max_tokens", self.max_tokens, "an integer of at least 2")
+        require(not self.instruction or self.kind == "gemma2", "text.instruction", self.instruction, "none, except for kind gemma2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Everything that fixes a network's function except its weights and latent statistics."""
 

@@ -1,4 +1,4 @@
-"""Tags: from words to the ids that the network embeds. Imports no torch."""
+"""Tags: from words to the ids that the network embeds, or to the prompt that a text encoder reads. Imports no torch."""
 
 from collections.abc import Iterable, Sequence
 
@@ -26,3 +26,15 @@ def encode_tags(tags: Sequence[str], config: TagsConfig) -> NDArray[np.int64]:
     kept = list(known)[: config.max_tags]
     ids[: len(kept)] = kept
     return ids
+
+
+def prompt_of(tags: Sequence[str], suffix: str = "") -> str:
+    """Return the prompt of tags: distinct tags in the order given, joined by ", "; without tags and suffix the null prompt "".
+
+    Args:
+        tags: words in any spelling.
+        suffix: more words, put last, as SeeSR does with "clean, high-resolution, 8k" when it restores.
+
+    Source: SeeSR (arXiv 2311.16518), test_seesr.py; method.md 2.9.
+    """
+    return ", ".join(dict.fromkeys(filter(None, [*map(normalise_tag, tags), suffix.strip()])))
