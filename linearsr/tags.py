@@ -1,5 +1,6 @@
 """Tags: from words to the ids that the network embeds, or to the prompt that a text encoder reads. Imports no torch."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,11 @@ from linearsr.config import TagsConfig
 def normalise_tag(tag: str) -> str:
     """Return the tag as the vocabulary spells it: lower case, single spaces."""
     return " ".join(tag.lower().split())
+
+
+def split_tags(text: str) -> list[str]:
+    """Split tags written in one text, separated by `;`, `,` or new lines."""
+    return re.split(r"[;,\n]", text)
 
 
 def vocabulary_of(tag_lists: Iterable[Sequence[str]]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ try:
     from linearsr_platform.cli.models import models, promote
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.search import search
+    from linearsr_platform.cli.tag import tag
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
     exit_naming_extra(error)
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "search": search,
     "upscale": upscale,
+    "tag": tag,
     "knee": knee,
     "boundaries": boundaries,
     "models": models,
