@@ -1,21 +1,27 @@
-"""ReLU linear attention in O(N), and cross-attention to tag tokens.
+"""ReLU linear attention in O(N), and cross-attention to caption tokens.
 
-Shape suffixes: B batch, N image tokens, T tag tokens, C width, H heads, D head width.
+Shape suffixes: B batch, N image tokens, T caption tokens, C width, H heads, D head width.
 Source: SANA (arXiv 2410.10629) section 3.2; method.md 2.2, 2.3.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from linearsr.fused import relu_attention
+
+EPS = 1e-15
+"""Added to a query's normaliser. Source: diffusers' SANA; method.md 2.3."""
 
 Probe = Callable[[Tensor, Tensor], None]
 """Is shown the input (B, N, C) of a linear attention and the normaliser (B, H, N, 1) of its queries."""
 
 
 def relu_linear_attention(
-    q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, eps: float = 1e-15, on_normaliser: Callable[[Tensor], None] | None = None
+    q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, eps: float = EPS, on_normaliser: Callable[[Tensor], None] | None = None
 ) -> Tensor:
     """Attend in O(N) by summing values against ReLU keys before meeting the queries.
 
@@ -32,14 +38,12 @@ def relu_linear_attention(
     """
     if not q_BHND.shape == k_BHND.shape == v_BHND.shape:
         raise ValueError(f"relu_linear_attention: got {q_BHND.shape}, {k_BHND.shape}, {v_BHND.shape}; expected three equal shapes")
-    wide = torch.promote_types(v_BHND.dtype, torch.float32)
-    query, key, value = F.relu(q_BHND).to(wide), F.relu(k_BHND).to(wide), v_BHND.to(wide)
-    state_BHDD = key.transpose(-1, -2) @ value  # (B, H, D, D)
-    key_sum_BHD1 = key.sum(dim=-2, keepdim=True).transpose(-1, -2)  # (B, H, D, 1)
-    normaliser_BHN1 = query @ key_sum_BHD1
+    head_width = v_BHND.shape[-1]
+    packed_BNC3 = torch.cat([part.transpose(1, 2).flatten(2) for part in (q_BHND, k_BHND, v_BHND)], dim=-1)
+    mixed_BNC, normaliser = relu_attention(packed_BNC3, head_width, eps)
     if on_normaliser is not None:
-        on_normaliser(normaliser_BHN1)
-    return ((query @ state_BHDD) / (normaliser_BHN1 + eps)).to(v_BHND.dtype)  # (B, H, N, D)
+        on_normaliser(normaliser)
+    return mixed_BNC.view(*mixed_BNC.shape[:-1], -1, head_width).transpose(1, 2).to(v_BHND.dtype)
 
 
 class LinearAttention(nn.Module):
@@ -56,33 +60,63 @@ class LinearAttention(nn.Module):
         self.out = nn.Linear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.qk_norm = qk_norm
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Mix tokens: (B, N, C) -> (B, N, C)."""
-        query, key, value = self.qkv(x_BNC).chunk(3, dim=-1)
-        heads = [part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in (self.norm_q(query), self.norm_k(key), value)]
-        probe = self.probe
-        mixed_BHND = relu_linear_attention(*heads, on_normaliser=None if probe is None else lambda normaliser: probe(x_BNC, normaliser))
-        return self.out(mixed_BHND.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        qkv_BNC3 = self.qkv(x_BNC)
+        if self.qk_norm:
+            query, key, value = qkv_BNC3.chunk(3, dim=-1)
+            qkv_BNC3 = torch.cat([self.norm_q(query), self.norm_k(key), value], dim=-1)
+        mixed_BNC, normaliser = relu_attention(qkv_BNC3, self.head_width, EPS)
+        if self.probe is not None:
+            self.probe(x_BNC, normaliser)
+        return self.out(mixed_BNC)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Captions as one cross-attention reads them; they do not depend on the noise level, so one will do for all steps."""
+
+    key: Tensor
+    """(B, H, T, D)."""
+    value: Tensor
+    """(B, H, T, D)."""
+    mask: Tensor | None
+    """(B, 1, 1, T) bool, True where a token is read; None where all are."""
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention from image tokens to the few tag tokens."""
+    """Softmax attention from image tokens to the few caption tokens."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         """Make projections, all with bias, as in SANA."""
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+        self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
 
-    def forward(self, x_BNC: Tensor, tokens_BTC: Tensor, mask_BT: Tensor) -> Tensor:
-        """Read tags: (B, N, C) x (B, T, C) -> (B, N, C); `mask_BT` is True where a token is real, and one must be."""
-        query = self._split(self.query(x_BNC))
-        key, value = (self._split(part) for part in self.key_value(tokens_BTC).chunk(2, dim=-1))
-        mixed_BHND = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_BT[:, None, None, :])
+    def project(self, tokens_BTC: Tensor, mask_BT: Tensor | None) -> KeyValue:
+        """Project captions (B, T, C); `mask_BT` is True where a token is real, None where all are.
+
+        A sample without a real token reads zeros, not NaN.
+        """
+        key, value = self.key_value(tokens_BTC).chunk(2, dim=-1)
+        key, value = self._split(self.norm_k(key)), self._split(value)
+        if mask_BT is None:
+            return KeyValue(key, value, None)
+        empty_B = ~mask_BT.any(dim=1)
+        value = value.masked_fill(empty_B[:, None, None, None], 0)
+        return KeyValue(key, value, (mask_BT | empty_B[:, None])[:, None, None, :])
+
+    def forward(self, x_BNC: Tensor, caption: KeyValue) -> Tensor:
+        """Read captions: (B, N, C) -> (B, N, C)."""
+        query = self._split(self.norm_q(self.query(x_BNC)))
+        mixed_BHND = F.scaled_dot_product_attention(query, caption.key, caption.value, attn_mask=caption.mask)
         return self.out(mixed_BHND.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x_BNC: Tensor) -> Tensor:
-        return x_BNC.reshape(*x_BNC.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_BNC.view(*x_BNC.shape[:-1], self.num_heads, -1).transpose(1, 2)

@@ -4,13 +4,16 @@ Shape suffixes: B batch, N tokens, C width. Source: method.md 2.1, 2.2, 2.8.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from linearsr.attention import CrossAttention, KeyValue
 from linearsr.blocks import Block
-from linearsr.conditioning import LowResolutionStem, TagEncoder, TimeEmbedding
+from linearsr.conditioning import CaptionProjection, LowResolutionStem, TagEncoder, TextEmbedding, TimeEmbedding
 from linearsr.config import BackboneConfig
+from linearsr.fused import modulated_norm
 
 
 @dataclass(frozen=True)
@@ -19,41 +22,76 @@ class Conditioning:
 
     lr_features: Tensor
     """(B, stem width, H, W)."""
-    tokens: Tensor
-    """(B, 1 + T, C)."""
-    mask: Tensor
-    """(B, 1 + T) bool."""
+    captions: tuple[KeyValue, ...]
+    """Keys and values of the caption, one for each block."""
 
 
 class Backbone(nn.Module):
     """One token a latent position; patch size 1, no positional embedding."""
 
-    def __init__(self, shape: BackboneConfig, *, latent_channels: int, lr_pixels_per_token: int, num_tags: int) -> None:
+    def __init__(
+        self,
+        shape: BackboneConfig,
+        *,
+        latent_channels: int,
+        lr_pixels_per_token: int,
+        num_tags: int = 0,
+        caption_encoder: Literal["learned", "text"] = "learned",
+    ) -> None:
         """Make the network; its output layer starts at zero, so that an untrained one predicts nothing.
 
         Args:
             shape: Sizes of the transformer.
             latent_channels: Channels of the latent, c.
             lr_pixels_per_token: LR pixels along one side of a token, a power of two.
-            num_tags: Size of the tag vocabulary.
+            num_tags: Size of the tag vocabulary; of no effect on a network that takes text embeddings.
+            caption_encoder: See `TagsConfig.encoder`.
         """
         super().__init__()
         self.stem = LowResolutionStem(lr_pixels_per_token, shape.stem_width)
-        self.tags = TagEncoder(num_tags, shape.caption_width, shape.width)
+        self.tags = (
+            TagEncoder(num_tags, shape.caption_width, shape.width)
+            if caption_encoder == "learned"
+            else CaptionProjection(shape.caption_width, shape.width)
+        )
         self.time = TimeEmbedding(shape.width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 6 * shape.width))
         self.embed = nn.Linear(latent_channels + shape.stem_width, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_blocks))
-        self.norm = nn.LayerNorm(shape.width, eps=1e-6, elementwise_affine=False)
         self.table = nn.Parameter(torch.randn(2, shape.width) / shape.width**0.5)
         self.head = nn.Linear(shape.width, latent_channels)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def prepare(self, lr: Tensor, tag_ids: Tensor) -> Conditioning:
-        """Encode LR pixels (B, 3, h, w) in [-1, 1] and tag ids (B, T), once an image."""
-        tokens, mask = self.tags(tag_ids)
-        return Conditioning(self.stem(lr.to(self.embed.weight.dtype)), tokens, mask)
+    def prepare(self, lr: Tensor, captions: Tensor | TextEmbedding) -> Conditioning:
+        """Encode what does not depend on the noise level, once an image.
+
+        Tokens that are padding in the whole batch are left out, except in training on a GPU, where looking for them would make the
+        host wait for the device at every step.
+
+        Args:
+            lr: LR pixels (B, 3, h, w) in [-1, 1].
+            captions: Tag ids (B, T) int64, 0 for padding; or text embeddings, for a network with `caption_encoder="text"`.
+
+        Raises:
+            ValueError: if the network takes the other kind of captions.
+        """
+        dtype = self.embed.weight.dtype
+        text = self._embedding(captions)
+        waits = torch.is_grad_enabled() and text.mask.device.type != "cpu"
+        values, mask = (text.values, text.mask) if waits else text.trimmed()
+        tokens_BTC = self.tags(values.to(dtype))
+        crosses: list[CrossAttention] = [block.cross for block in self.blocks]  # type: ignore[misc]
+        return Conditioning(self.stem(lr.to(dtype)), tuple(cross.project(tokens_BTC, mask) for cross in crosses))
+
+    def _embedding(self, captions: Tensor | TextEmbedding) -> TextEmbedding:
+        if isinstance(self.tags, TagEncoder) and isinstance(captions, Tensor):
+            return self.tags.embed(captions)
+        if isinstance(self.tags, TagEncoder) or isinstance(captions, Tensor):
+            expected = "tag ids" if isinstance(self.tags, TagEncoder) else "a TextEmbedding"
+            where = f"Backbone.prepare: got {type(captions).__name__}; expected {expected}"
+            raise ValueError(f"{where}; fix: set `tags.encoder` to what the captions are")  # noqa: TRY004 (a setting, not a bug)
+        return captions
 
     def forward(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict from the latent: (B, c, H, W), (B,) in [0, 1] -> (B, c, H, W) float32."""
@@ -63,8 +101,8 @@ class Backbone(nn.Module):
         x_BNC = self.embed(x.flatten(2).transpose(1, 2))
         time_BC = self.time(t, dtype)
         modulation_B6C = self.modulation(time_BC).unflatten(1, (6, -1))
-        for block in self.blocks:
-            x_BNC = block(x_BNC, conditioning.tokens, conditioning.mask, modulation_B6C, grid)
+        for block, caption in zip(self.blocks, conditioning.captions, strict=True):
+            x_BNC = block(x_BNC, caption, modulation_B6C, grid)
         shift, scale = (self.table + time_BC[:, None]).chunk(2, dim=1)
-        out_BNC = self.head(self.norm(x_BNC) * (1 + scale) + shift)
+        out_BNC = self.head(modulated_norm(x_BNC, shift, scale))
         return out_BNC.transpose(1, 2).unflatten(2, grid).float()  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""What the network is told besides the noisy latent: the LR image, the tags and the noise level.
+"""What the network is told besides the noisy latent: the LR image, the tags or caption, and the noise level.
 
-Shape suffixes: B batch, T tag tokens, C width.
+Shape suffixes: B batch, T caption tokens, C width.
 """
 
 from dataclasses import dataclass
@@ -47,27 +47,49 @@ class TextEmbedding:
     mask: Tensor
     """(B, T) bool, True where a token is real."""
 
+    def trimmed(self) -> tuple[Tensor, Tensor | None]:
+        """Return values and mask without the tokens that are padding in every sample; no mask where all that is left is real.
 
-class TagEncoder(nn.Module):
-    """Learned embedding of tag ids; id 0 is padding, and a token of its own stands for "no tags"."""
+        Looks at the mask's content, so on a GPU it waits for the device.
+        """
+        keep_T = self.mask.any(dim=0)
+        keep_T[:1] = True  # a caption that is all padding keeps one token, which the mask hides
+        mask_BT = self.mask[:, keep_T]
+        return self.values[:, keep_T], None if bool(mask_BT.all()) else mask_BT
 
-    def __init__(self, num_tags: int, caption_width: int, width: int) -> None:
-        """Make the table and SANA's caption projection (MLP with tanh-GELU, then RMSNorm at scale 0.01)."""
+
+class CaptionProjection(nn.Module):
+    """SANA's way from caption embeddings to tokens: an MLP with tanh-GELU, then RMSNorm whose scale starts at 0.01."""
+
+    def __init__(self, caption_width: int, width: int) -> None:
+        """Make the MLP and the norm."""
         super().__init__()
-        self.table = nn.Embedding(num_tags + 1, caption_width)
         self.projection = nn.Sequential(nn.Linear(caption_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         nn.init.constant_(self.norm.weight, 0.01)
 
-    def forward(self, tag_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed ids (B, T) into tokens (B, 1 + T, C) and their mask (B, 1 + T), True where a token is real.
+    def forward(self, values_BTE: Tensor) -> Tensor:
+        """Project embeddings: (B, T, caption width) -> (B, T, C)."""
+        return self.norm(self.projection(values_BTE))  # type: ignore[no-any-return]
+
+
+class TagEncoder(CaptionProjection):
+    """Learned embeddings of tag ids in front of the projection; id 0 is padding."""
+
+    def __init__(self, num_tags: int, caption_width: int, width: int) -> None:
+        """Make the table of `num_tags` embeddings and one for "no tags"."""
+        table = nn.Embedding(num_tags + 1, caption_width)
+        super().__init__(caption_width, width)
+        self.table = table
+
+    def embed(self, tag_ids_BT: Tensor) -> TextEmbedding:
+        """Look ids (B, T) up: values (B, 1 + T, caption width) and their mask.
 
         The first token is the empty-tag token. It is real only for a sample without tags, so none attends to nothing.
         """
         real_BT = tag_ids_BT > 0
-        ids = F.pad(tag_ids_BT, (1, 0))
         mask = torch.cat([~real_BT.any(dim=1, keepdim=True), real_BT], dim=1)
-        return self.norm(self.projection(self.table(ids))), mask
+        return TextEmbedding(self.table(F.pad(tag_ids_BT, (1, 0))), mask)
 
 
 class TimeEmbedding(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from linearsr.backbone import Backbone, Conditioning
+from linearsr.conditioning import TextEmbedding
 from linearsr.config import LatentStatistics, ModelConfig
 from linearsr.latent import LatentSpace
 
@@ -32,12 +33,13 @@ class SuperResolver(nn.Module):
             latent_channels=config.codec.latent_channels,
             lr_pixels_per_token=config.lr_pixels_per_token,
             num_tags=len(config.tags.vocabulary),
+            caption_encoder=config.tags.encoder,
         )
 
-    def condition(self, lr: Tensor, tag_ids: Tensor) -> Condition:
-        """Encode LR pixels (B, 3, h, w) in [-1, 1] and tag ids (B, T) once, for all steps of a sampler."""
+    def condition(self, lr: Tensor, captions: Tensor | TextEmbedding) -> Condition:
+        """Encode LR pixels (B, 3, h, w) in [-1, 1] and captions once, for all steps of a sampler; see `Backbone.prepare`."""
         mean = self.space.prior_mean(lr) if self.config.prior == "lr" else None
-        return Condition(self.network.prepare(lr, tag_ids), mean)
+        return Condition(self.network.prepare(lr, captions), mean)
 
     def denoise(self, z: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         """Estimate z_0 from z_t: (B, c, H, W) at noise level t, a number or (B,) -> (B, c, H, W) float32."""
@@ -50,6 +52,6 @@ class SuperResolver(nn.Module):
         sigma = self.space.sigma.to(z.device)
         return condition.prior_mean + sigma * known + deviation * prediction  # type: ignore[no-any-return]
 
-    def forward(self, z: Tensor, t: Tensor, lr: Tensor, tag_ids: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, lr: Tensor, captions: Tensor | TextEmbedding) -> Tensor:
         """Estimate z_0 in one call, as training does: see `condition` and `denoise`."""
-        return self.denoise(z, t, self.condition(lr, tag_ids))
+        return self.denoise(z, t, self.condition(lr, captions))
