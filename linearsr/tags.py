@@ -2,11 +2,28 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from linearsr.config import TagsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """Everything a sample says in words, for networks that need more than its tags."""
+
+    tags: Sequence[str] = ()
+    """What the photograph shows."""
+    tags_lr: Sequence[str] | None = None
+    """What a tagger sees in its LR image; None if nobody asked one."""
+    text: NDArray[np.float16] | None = None
+    """Embedding (tokens, width) of the prompt of `tags`."""
+    text_lr: NDArray[np.float16] | None = None
+    """The same of `tags_lr`."""
+    encoder: str = ""
+    """Digest of the text encoder that made the embeddings."""
 
 
 def normalise_tag(tag: str) -> str:

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.bundle import Bundle, BundleError
+from linearsr.captions import Captions
+from linearsr.conditioning import TextEmbedding
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
-from linearsr.tags import encode_tags
+from linearsr.tags import encode_tags, prompt_of
+from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 
 Estimate = Literal["routed", "one_step"]
 
@@ -38,6 +41,8 @@ class Upscaler:
                 raise BundleError(f"{path}: got other weights ({error}); expected those of {bundle.config}; fix: assemble again") from error
             dtype = torch.bfloat16 if bundle.precision == "bfloat16" else torch.float32
             self.experts.append(expert.to(self.device, dtype).eval())
+        self.captions = Captions(bundle.config.tags, bundle.text)
+        self._encoder: TextEncoder | None = None
         self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler)
 
     def upscale(
@@ -56,7 +61,7 @@ class Upscaler:
 
         Args:
             lr: Pictures of one size.
-            tags: Words for what they show; unknown ones are ignored.
+            tags: Words for what they show; see `read_tags`.
             seed: Of the initial noise.
             steps: Sampler steps; None takes the bundle's sampler as it is.
             estimate: `routed` follows the sampler through the experts; `one_step` is the noisiest expert's clean
@@ -69,17 +74,43 @@ class Upscaler:
             raise ValueError(f"estimate: got {estimate!r}; expected one of {', '.join(get_args(Estimate))}")
         config = self.bundle.config
         padded, (height, width) = self._pad(lr)
-        ids = torch.from_numpy(encode_tags(tags, config.tags)).expand(lr.shape[0], -1).to(self.device)
+        captions, null = self.read_tags(tags, lr.shape[0]), self.captions.null(lr.shape[0], self.device)
         pixels = (padded * 2 - 1).to(self.device)
         side_h, side_w = (side // config.lr_pixels_per_token for side in padded.shape[2:])
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((lr.shape[0], config.codec.latent_channels, side_h, side_w), generator=generator).to(self.device)
         if estimate == "one_step":
-            clean = self.experts[0].denoise(noise, 1.0, self.experts[0].condition(pixels, ids))
+            clean = self.experts[0].denoise(noise, 1.0, self.experts[0].condition(pixels, captions))
         else:
-            clean = self.routed.sample(noise, pixels, ids, steps)
+            clean = self.routed.sample(noise, pixels, captions, steps, null=null)
         restored = self.experts[0].space.decode(clean) / 2 + 0.5
         return restored[..., : height * config.scale, : width * config.scale].cpu()
+
+    @torch.inference_mode()
+    def read_tags(self, tags: Sequence[str], count: int = 1) -> Tensor | TextEmbedding:
+        """Return what the network takes for tags, `count` times.
+
+        A network that knows tags by id ignores those it does not know. One that reads prompts needs the text encoder it was trained
+        with, from the folder that the bundle names, and gets the encoder's suffix too; without tags it needs no encoder.
+
+        Raises:
+            TextEncoderError: if the encoder is not there, or is another one.
+        """
+        text = self.bundle.text
+        if text is None:
+            return torch.from_numpy(encode_tags(tags, self.bundle.config.tags)).expand(count, -1).to(self.device)
+        if not prompt_of(tags):
+            return self.captions.null(count, self.device)
+        if self._encoder is None:
+            encoder = make_encoder(text.encoder, self.device)
+            if encoder.digest != text.digest:
+                raise TextEncoderError(
+                    f"{text.encoder.folder}: got a text encoder of digest {encoder.digest}; expected {text.digest}, with which the "
+                    "model was trained; fix: put that one there"
+                )
+            self._encoder = encoder
+        embedding = self._encoder.encode([prompt_of(tags, text.encoder.suffix)])
+        return TextEmbedding(*(part.expand(count, *part.shape[1:]).to(self.device) for part in (embedding.values, embedding.mask)))
 
     def _pad(self, lr: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Mirror the right and bottom edges up to a multiple of a token; return the original (height, width) too."""

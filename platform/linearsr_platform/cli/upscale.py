@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from linearsr.bundle import Bundle
+    from linearsr.upscaler import Upscaler
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 JPEG_QUALITY = 95
@@ -46,6 +47,7 @@ def upscale(
 
     upscaler = Upscaler(load(model, storage, tracking_uri))
     words = [word.strip() for word in tags.split(",") if word.strip()]
+    check_tags(upscaler, words)
     with make_display() as display:
         display.task("upscale", len(pairs), "images")
         for done, (read_from, write_to) in enumerate(pairs, start=1):
@@ -86,6 +88,16 @@ def load(model: str, storage_root: str, tracking_uri: str | None) -> "Bundle":
     try:
         return load_bundle(folder)
     except BundleError as error:
+        raise UserError(str(error)) from error
+
+
+def check_tags(upscaler: "Upscaler", words: list[str]) -> None:
+    """Refuse tags that the model cannot read, before anything is enlarged."""
+    from linearsr.text import TextEncoderError
+
+    try:
+        upscaler.read_tags(words)
+    except TextEncoderError as error:
         raise UserError(str(error)) from error
 
 

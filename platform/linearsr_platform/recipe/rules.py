@@ -42,6 +42,7 @@ def all_rules() -> Iterator[Rule]:
     """Yield every rule of a recipe, those of training stages once for each stage."""
     yield Rule(("model.preset", "model.backbone"), _one_backbone)
     yield Rule(("model.scale", "model.codec"), _codec_reaches_scale)
+    yield Rule(("model.tag_dropout", "model.tags_from_lr"), _tags_leave_room)
     yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
     yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
     for key in ("validation.metrics", "evaluate.metrics"):
@@ -86,6 +87,12 @@ def _codec_reaches_scale(recipe: Recipe) -> Iterator[Broken]:
     factor, scale = recipe.model.codec.factor, recipe.model.scale
     if factor < scale:
         yield Broken("model.codec.factor", factor, f"at least model.scale, {scale}")
+
+
+def _tags_leave_room(recipe: Recipe) -> Iterator[Broken]:
+    model = recipe.model
+    if model.tags_from_lr > 1 - model.tag_dropout + ROUNDING:
+        yield Broken("model.tags_from_lr", model.tags_from_lr, f"at most what model.tag_dropout leaves, {1 - model.tag_dropout:g}")
 
 
 def _validation_crop(recipe: Recipe) -> Iterator[Broken]:
