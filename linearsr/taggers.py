@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearsr import ram
 from linearsr.tags import normalise_tag, split_tags
 
 CLIP_PROMPT = "a photo of {}"
@@ -60,7 +62,7 @@ class TaggerConfig:
     top_k: int = 5
     """Most tags of a picture."""
     weights: str | None = None
-    """Local folder of weights, for `clip` and `ram`."""
+    """Local folder of weights, for `clip`, `ram` and `dape`."""
     vocabulary: tuple[str, ...] = ()
     """Words to choose from, for `clip`."""
     device: str = "cpu"
@@ -201,23 +203,56 @@ class ClipTagger:
         return [choose(dict(zip(self._names, row, strict=True)), self._threshold, self._top_k) for row in probabilities.tolist()]
 
 
-def _ram(config: TaggerConfig) -> Tagger:
-    """Refuse: RAM and DAPE are on no package index, neither network nor weights.
+class RamTagger:
+    """The Recognize Anything Model, which the paper uses, or DAPE, its version for degraded pictures, from a folder of weights.
 
-    Raises:
-        TaggerError: always.
+    Confidences are sigmoids, and every tag has a threshold of its own. Source: method.md 2.9.
     """
-    raise TaggerError(
-        f"ram: got weights {config.weights!r}, but the network of RAM and DAPE is in no installable package; expected tags by another way; "
-        "fix: run its authors' program, write the tags to NAME.txt beside each picture, and use the tagger side-file"
-    )
+
+    def __init__(self, config: TaggerConfig, *, dape: bool = False) -> None:
+        """Load network, tags and thresholds from `config.weights`, under the names that their authors gave the files.
+
+        Raises:
+            TaggerError: if timm or a file is missing, or a file is not what its name says.
+        """
+        wanted = [ram.WEIGHTS_FILE, ram.TAGS_FILE, ram.THRESHOLDS_FILE] + ([ram.DAPE_FILE] if dape else [])
+        folder = _weights_folder("dape" if dape else "ram", config, ", ".join(wanted))
+        _import("timm", "tags")
+        try:
+            self._names = [normalise_tag(name) for name in (folder / ram.TAGS_FILE).read_text(encoding="utf-8").splitlines()]
+            thresholds = [float(line) for line in (folder / ram.THRESHOLDS_FILE).read_text(encoding="utf-8").split()]
+            self._network = ram.load_ram(folder, dape=dape).to(config.device)
+        except (OSError, ValueError) as error:
+            raise TaggerError(f"{folder}: {error}; expected {', '.join(wanted)} of their authors; fix: --weights DIR") from error
+        counts = {len(self._names), len(thresholds), len(self._network.label_embed)}
+        if len(counts) != 1:
+            raise TaggerError(f"{folder}: got {counts} tags, thresholds and scores; expected equally many; fix: take files of one release")
+        self._thresholds = thresholds if config.threshold is None else [config.threshold] * len(thresholds)
+        self._top_k, self._device = config.top_k, torch.device(config.device)
+
+    @torch.no_grad()
+    def tag(self, photos: Sequence[Photo]) -> list[list[Tag]]:
+        """Return the tags of each picture, which is squeezed into a square as in training."""
+        pixels = torch.stack([self._pixels(photo.image) for photo in photos])
+        rows = self._network(pixels.to(self._device)).float().sigmoid().double().cpu().tolist()
+        return [choose(self._kept(row), 0.0, self._top_k) for row in rows]
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        square = image.convert("RGB").resize((ram.SIDE_PX, ram.SIDE_PX), Image.Resampling.BILINEAR)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (ram.IMAGE_MEAN, ram.IMAGE_STD))
+        return (torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255 - mean) / std
+
+    def _kept(self, confidences: Sequence[float]) -> dict[str, float]:
+        scored = zip(self._names, confidences, self._thresholds, strict=True)
+        return {name: confidence for name, confidence, least in scored if confidence > least}
 
 
 TAGGERS: dict[str, Callable[[TaggerConfig], Tagger]] = {
     "side-file": SideFileTagger,
     "imagenet": ImageNetTagger,
     "clip": ClipTagger,
-    "ram": _ram,
+    "ram": RamTagger,
+    "dape": partial(RamTagger, dape=True),
 }
 """Taggers by name."""
 

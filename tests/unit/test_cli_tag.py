@@ -86,10 +86,10 @@ def test_a_picture_that_cannot_be_read_is_told_at_the_end(folder: Path) -> None:
     [
         (("nowhere",), "no such folder"),
         (("empty",), "got a folder without images"),
-        (("good", "--tagger", "best"), "expected one of side-file, imagenet, clip, ram"),
+        (("good", "--tagger", "best"), "expected one of side-file, imagenet, clip, ram, dape"),
         (("good", "--tagger", "clip"), "--vocabulary FILE"),
         (("good", "--tagger", "clip", "--vocabulary", "absent.txt"), "one word or phrase a line"),
-        (("good", "--tagger", "ram"), "in no installable package"),
+        (("good", "--tagger", "dape"), "ram_tag_list_threshold.txt, DAPE.pth"),
         (("good", "--recipe", "r.yaml"), "got one without --lr"),
         (("labelled",), "the label beside it cannot be read"),
     ],

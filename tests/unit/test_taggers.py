@@ -112,11 +112,11 @@ def test_side_files_are_read_as_prepare_reads_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
-        ("imagenett", TaggerConfig(), "expected one of side-file, imagenet, clip, ram"),
+        ("imagenett", TaggerConfig(), "expected one of side-file, imagenet, clip, ram, dape"),
         ("clip", TaggerConfig(), "--vocabulary"),
         ("clip", TaggerConfig(vocabulary=("cat",)), "got no folder of weights"),
         ("clip", TaggerConfig(vocabulary=("cat",), weights="/nowhere"), "got no folder /nowhere"),
-        ("ram", TaggerConfig(weights="/weights"), "in no installable package"),
+        ("ram", TaggerConfig(), "ram_swin_large_14m.pth, ram_tag_list.txt"),
     ],
 )
 def test_what_a_tagger_lacks_is_said(name: str, config: TaggerConfig, said: str) -> None:

@@ -30,8 +30,10 @@ class Reduction:
 
 def tag(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Photographs; folders below it too.", show_default=False)],
-    tagger: Annotated[str, typer.Option(help="imagenet, clip, ram or side-file.")] = "imagenet",
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of weights, for clip and ram.", show_default=False)] = None,
+    tagger: Annotated[str, typer.Option(help="imagenet, clip, ram, dape or side-file.")] = "imagenet",
+    weights: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of weights, for clip, ram and dape.", show_default=False)
+    ] = None,
     vocabulary: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Words to choose from, one a line, for clip.", show_default=False)
     ] = None,
