@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearsr.fused import relu_attention
+from linearsr.linear import Linear
 
 EPS = 1e-15
 """Added to a query's normaliser. Source: diffusers' SANA; method.md 2.3."""
@@ -56,8 +57,8 @@ class LinearAttention(nn.Module):
         """Make projections; `qkv` has no bias, `out` has one, as in SANA."""
         super().__init__()
         self.head_width = head_width
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.qk_norm = qk_norm
@@ -93,9 +94,9 @@ class CrossAttention(nn.Module):
         """Make projections, all with bias, as in SANA."""
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linearsr.attention import CrossAttention, KeyValue, LinearAttention
 from linearsr.config import BackboneConfig
 from linearsr.fused import gated_depthwise, modulated_norm
+from linearsr.linear import Linear
 
 
 class GatedDepthwise(nn.Conv2d):
@@ -31,9 +32,9 @@ class MixFFN(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         """Make the two pointwise projections and the depthwise convolution between them."""
         super().__init__()
-        self.up = nn.Linear(width, 2 * hidden)
+        self.up = Linear(width, 2 * hidden)
         self.depthwise = GatedDepthwise(hidden)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Transform tokens on their (H, W) grid: (B, N, C) -> (B, N, C)."""

@@ -60,6 +60,11 @@ class _ModulatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor | None, ...]:
         x_BNC, scale_B1C, mean, inverse_std = ctx.saved_tensors
+        if x_BNC.shape[0] == 1:
+            # One sample's modulation is an affine norm, whose gradients torch takes in one pass.
+            weight = 1 + scale_B1C.flatten()
+            grads = aten.native_layer_norm_backward(grad_BNC, x_BNC, weight.shape, mean, inverse_std, weight, weight, [True, True, True])
+            return grads[0], grads[2].view_as(scale_B1C), grads[1].view_as(scale_B1C), None
         normed_BNC = ((x_BNC - mean) * inverse_std).to(grad_BNC.dtype)
         grad_scale = (grad_BNC * normed_BNC).sum(dim=1, keepdim=True)
         grad_normed = grad_BNC * (1 + scale_B1C)
@@ -102,36 +107,89 @@ class _ReluAttention(torch.autograd.Function):
         grad_key = value @ grad_state[..., :width].transpose(-1, -2) + grad_state[..., width:].transpose(-1, -2)
         grad_qkv = torch.empty_like(qkv_BNC3)
         into = [_heads(part, width) for part in grad_qkv.chunk(3, dim=-1)]
-        into[0].copy_(grad_query.mul_(query > 0))
-        into[1].copy_(grad_key.mul_(key > 0))
+        # ReLU's derivative, read off its output and written where the gradient belongs.
+        for active, grad_active, place in ((query, grad_query, into[0]), (key, grad_key, into[1])):
+            aten.threshold_backward.grad_input(grad_active.to(place.dtype), active.to(place.dtype), 0, grad_input=place)
         into[2].copy_(key @ grad_state[..., :width])
         return grad_qkv, None, None
 
 
 class _GatedDepthwise(torch.autograd.Function):
+    """Works on a few channels of value and gate at a time, so that what is in between stays in the processor's cache."""
+
     @staticmethod
     def forward(ctx: Any, hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(hidden_BNF2, weight, bias)
         ctx.grid = grid
-        value, gate = _convolved(F.silu(hidden_BNF2), weight, bias, grid).chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        out_BNF = hidden_BNF2.new_empty((*hidden_BNF2.shape[:2], hidden_BNF2.shape[2] // 2))
+        for channels in _channel_slices(hidden_BNF2):
+            kernel, offset = (_paired(part, channels, dim=0) for part in (weight, bias))
+            value, gate = _convolved(_active(hidden_BNF2, channels), kernel, offset, grid).chunk(2, dim=-1)
+            torch.mul(value, F.silu(gate), out=out_BNF[..., channels])
+        return out_BNF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNF: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BNF2, weight, bias = ctx.saved_tensors
-        active_BNF2 = F.silu(hidden_BNF2)
-        value, gate = _convolved(active_BNF2, weight, bias, ctx.grid).chunk(2, dim=-1)
-        grad_convolved = torch.empty_like(hidden_BNF2)
-        into_value, into_gate = grad_convolved.chunk(2, dim=-1)
-        torch.mul(grad_BNF, F.silu(gate), out=into_value)
-        aten.silu_backward.grad_input(grad_BNF * value, gate, grad_input=into_gate)
-        channels = weight.shape[0]
-        grad_active, grad_weight, grad_bias = aten.convolution_backward(
-            _planes(grad_convolved, ctx.grid), _planes(active_BNF2, ctx.grid), weight, [channels],
-            [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, *ctx.needs_input_grad[1:3]],
-        )  # fmt: skip
-        return aten.silu_backward(_tokens(grad_active), hidden_BNF2), grad_weight, grad_bias, None
+        grads = [torch.empty_like(part) for part in (hidden_BNF2, weight, bias)]
+        for channels in _channel_slices(hidden_BNF2):
+            active = _active(hidden_BNF2, channels)
+            kernel, offset = (_paired(part, channels, dim=0) for part in (weight, bias))
+            value, gate = _convolved(active, kernel, offset, ctx.grid).chunk(2, dim=-1)
+            grad_convolved = torch.empty_like(active)
+            into_value, into_gate = grad_convolved.chunk(2, dim=-1)
+            grad_out = grad_BNF[..., channels]
+            torch.mul(grad_out, F.silu(gate), out=into_value)
+            aten.silu_backward.grad_input(grad_out * value, gate, grad_input=into_gate)
+            groups = kernel.shape[0]
+            grad_active, *grad_kernel = aten.convolution_backward(
+                _planes(grad_convolved, ctx.grid), _planes(active, ctx.grid), kernel, [groups],
+                [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, True],
+            )  # fmt: skip
+            for grad, part in zip(grads[1:], grad_kernel, strict=True):
+                _put_paired(grad, channels, part, dim=0)
+            for place, part in zip(_pair(channels, hidden_BNF2.shape[-1]), _tokens(grad_active).chunk(2, dim=-1), strict=True):
+                aten.silu_backward.grad_input(part, hidden_BNF2[..., place], grad_input=grads[0][..., place])
+        return (*grads, None)
+
+
+CACHED_VALUES = 1 << 18
+"""Values of one intermediate that are worked on at a time on a CPU: 1 MiB of float32, a core's second-level cache."""
+
+
+def _channel_slices(hidden_BNF2: Tensor) -> list[slice]:
+    """Cut the F channels into slices that fit the cache; a GPU takes them all at once."""
+    channels = hidden_BNF2.shape[-1] // 2
+    step = channels
+    if hidden_BNF2.device.type == "cpu":
+        # 16 values are a cache line of float32.
+        step = max(16, CACHED_VALUES // (2 * hidden_BNF2.shape[0] * hidden_BNF2.shape[1]) // 16 * 16)
+    return [slice(start, min(start + step, channels)) for start in range(0, channels, step)]
+
+
+def _pair(channels: slice, width: int) -> tuple[slice, slice]:
+    """Return where the value's channels are among `width`, and where their gates are."""
+    return channels, slice(channels.start + width // 2, channels.stop + width // 2)
+
+
+def _paired(part: Tensor, channels: slice, dim: int) -> Tensor:
+    """Return the channels of value and gate side by side."""
+    return torch.cat([part.narrow(dim, one.start, one.stop - one.start) for one in _pair(channels, part.shape[dim])], dim=dim)
+
+
+def _put_paired(whole: Tensor, channels: slice, part: Tensor, dim: int) -> None:
+    """Write the channels of value and gate back to where `_paired` took them from."""
+    for one, half in zip(_pair(channels, whole.shape[dim]), part.chunk(2, dim=dim), strict=True):
+        whole.narrow(dim, one.start, one.stop - one.start).copy_(half)
+
+
+def _active(hidden_BNF2: Tensor, channels: slice) -> Tensor:
+    """Return SiLU of the channels of value and gate, (B, N, 2 K) contiguous."""
+    active = hidden_BNF2.new_empty((*hidden_BNF2.shape[:2], 2 * (channels.stop - channels.start)))
+    for place, into in zip(_pair(channels, hidden_BNF2.shape[-1]), active.chunk(2, dim=-1), strict=True):
+        aten.silu.out(hidden_BNF2[..., place], out=into)
+    return active
 
 
 def _wide_heads(qkv_BNC3: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:

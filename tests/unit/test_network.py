@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearsr.attention import relu_linear_attention
+from linearsr.attention import LinearAttention, relu_linear_attention
 from linearsr.backbone import Backbone
 from linearsr.codec import make_codec
+from linearsr.conditioning import TextEmbedding
 from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, TagsConfig
+from linearsr.fused import gated_depthwise, modulated_norm, relu_attention
+from linearsr.linear import Linear
 from linearsr.model import SuperResolver
 from linearsr.statistics import measure_statistics
 
@@ -142,3 +145,83 @@ def test_statistics_of_another_codec_are_refused() -> None:
     statistics = LatentStatistics(mean=(0.0,), std=(1.0,), residual_std=(1.0,))
     with pytest.raises(ValueError, match="got 1 channels; expected 48"):
         SuperResolver(ModelConfig(), statistics)
+
+
+def test_modulated_norm_has_the_gradients_of_its_definition() -> None:
+    torch.manual_seed(0)
+    for batch in (1, 3):
+        inputs = [torch.randn(batch, count, 5, dtype=torch.float64, requires_grad=True) for count in (4, 1, 1)]
+        expected = torch.nn.functional.layer_norm(inputs[0], (5,), eps=1e-6) * (1 + inputs[2]) + inputs[1]
+        torch.testing.assert_close(modulated_norm(*inputs), expected)
+        assert torch.autograd.gradcheck(modulated_norm, inputs)
+
+
+def test_gated_depthwise_has_the_gradients_of_its_definition_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("linearsr.fused.CACHED_VALUES", 1)  # slices of 16 channels: 16 and 3 here
+    hidden, weight, bias = torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)
+    inputs = [part.double().requires_grad_() for part in (hidden, weight, bias)]
+    planes = torch.nn.functional.silu(inputs[0]).unflatten(1, (2, 3)).permute(0, 3, 1, 2)
+    value, gate = torch.nn.functional.conv2d(planes, *inputs[1:], padding=1, groups=38).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
+    torch.testing.assert_close(gated_depthwise(*inputs, (2, 3)), value * torch.nn.functional.silu(gate))
+    assert torch.autograd.gradcheck(lambda *x: gated_depthwise(*x, (2, 3)), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_stays_finite_when_queries_die_and_keys_vanish(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 24)
+    qkv[0, :, :8] = -1  # no query lives
+    qkv[1, :, 8:16] = -1  # no key does
+    qkv = qkv.to(dtype).requires_grad_()
+    mixed, normaliser = relu_attention(qkv, 4, 1e-15)
+    mixed.float().square().sum().backward()
+    assert (mixed == 0).all()
+    assert (normaliser == 0).all()
+    assert qkv.grad is not None
+    assert torch.isfinite(qkv.grad).all()
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_its_input() -> None:
+    attention, x = LinearAttention(8, 4, qk_norm=True), torch.randn(2, 5, 8)
+    torch.testing.assert_close(attention(1000 * x) - attention.out.bias, 1000 * (attention(x) - attention.out.bias), rtol=1e-4, atol=1e-2)
+
+
+def test_a_linear_layer_is_the_same_in_either_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer, x = Linear(6, 5, bias=bias), torch.randn(2, 3, 6, requires_grad=True)
+        results = []
+        for threshold in (0, 1 << 40):
+            monkeypatch.setattr("linearsr.linear.MIN_PRODUCTS", threshold)
+            out = layer(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_caption_without_a_word_is_read_as_zeros_and_padding_is_left_out(qk_norm: bool) -> None:
+    torch.manual_seed(0)
+    shape = BackboneConfig(width=32, num_blocks=1, caption_width=6, num_cross_heads=2, qk_norm=qk_norm)
+    network = Backbone(shape, latent_channels=4, lr_pixels_per_token=1, caption_encoder="text")
+    torch.nn.init.normal_(network.head.weight)
+    lr, values = torch.rand(2, 3, 3, 2), torch.randn(2, 5, 6, requires_grad=True)
+    mask = torch.tensor([[False] * 5, [False, True, True, False, False]])
+    conditioning = network.prepare(lr, TextEmbedding(values, mask))
+    assert conditioning.captions[0].key.shape[2] == 3  # the two real tokens, and the first, which an empty caption keeps
+    out = network(torch.randn(2, 4, 3, 2), torch.rand(2), conditioning)
+    out.square().sum().backward()
+    assert torch.isfinite(out).all()
+    assert values.grad is not None
+    assert (values.grad[0] == 0).all()
+    assert (values.grad[1].abs().sum(dim=1) > 0).tolist() == mask[1].tolist()
+    assert network.prepare(lr, TextEmbedding(values, mask[:1].expand(2, -1))).captions[0].key.shape[2] == 1
+
+
+def test_the_other_kind_of_caption_is_refused() -> None:
+    shape, ids = BackboneConfig(width=32, num_blocks=1, caption_width=6), torch.zeros(1, 2, dtype=torch.long)
+    text = TextEmbedding(torch.zeros(1, 2, 6), torch.ones(1, 2, dtype=torch.bool))
+    for encoder, captions in (("text", ids), ("learned", text)):
+        network = Backbone(shape, latent_channels=4, lr_pixels_per_token=1, caption_encoder=encoder)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"fix: set `tags\.encoder`"):
+            network.prepare(torch.rand(1, 3, 2, 2), captions)

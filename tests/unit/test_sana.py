@@ -122,10 +122,8 @@ def test_published_sizes_have_the_parameters_of_diffusers(name: str, heads: int,
 def test_a_round_trip_gives_the_same_bits(tmp_path: Path, dtype: torch.dtype, shard_size: str) -> None:
     model = sana(qk_norm="rms_norm_across_heads", sample_size=7).to(dtype)
     model.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size=shard_size)
-    assert (
-        len(list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
-        or shard_size == "20KB"
-    )
+    files = list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_size == "20KB")
     import_sana(tmp_path / "pipeline", tmp_path / "ours", stem_width=3, lr_pixels_per_token=2)
     export_diffusers(read_network(tmp_path / "ours"), tmp_path / "back")
     again = diffusers.SanaTransformer2DModel.from_pretrained(tmp_path / "back", torch_dtype=dtype)

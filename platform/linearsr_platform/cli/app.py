@@ -15,6 +15,7 @@ try:
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import models, promote
     from linearsr_platform.cli.run import run
+    from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
     from linearsr_platform.cli.tag import tag
     from linearsr_platform.cli.upscale import upscale
@@ -33,6 +34,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "upscale": upscale,
     "tag": tag,
+    "import-sana": import_sana,
+    "export": export,
     "knee": knee,
     "boundaries": boundaries,
     "models": models,
