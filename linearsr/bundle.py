@@ -150,6 +150,17 @@ def load_bundle(folder: Path) -> Bundle:
     return bundle if "text" not in content else replace(bundle, text=_text(manifest, content["text"]))
 
 
+def with_text_encoder(bundle: Bundle, folder: str) -> Bundle:
+    """Return the bundle with its text encoder in another folder than where it was trained; the encoder must still be the same one.
+
+    Raises:
+        BundleError: if its network reads no prompts.
+    """
+    if bundle.text is None:
+        raise BundleError(f"{bundle.folder}: got text encoder {folder}; expected none: its network knows tags by id; fix: leave it out")
+    return replace(bundle, text=replace(bundle.text, encoder=replace(bundle.text.encoder, folder=folder)))
+
+
 def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
     if sorted(content.keys() - {"text"}) != sorted(_KEYS):
         raise ValueError(f"keys: got {sorted(content)}; expected {list(_KEYS)}")

@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.bundle import Bundle, BundleError
-from linearsr.captions import Captions
-from linearsr.conditioning import TextEmbedding
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
-from linearsr.tags import encode_tags, prompt_of
-from linearsr.text import TextEncoder, TextEncoderError, make_encoder
+from linearsr.tag_reader import TagReader
 
 Estimate = Literal["routed", "one_step"]
 
@@ -41,8 +38,7 @@ class Upscaler:
                 raise BundleError(f"{path}: got other weights ({error}); expected those of {bundle.config}; fix: assemble again") from error
             dtype = torch.bfloat16 if bundle.precision == "bfloat16" else torch.float32
             self.experts.append(expert.to(self.device, dtype).eval())
-        self.captions = Captions(bundle.config.tags, bundle.text)
-        self._encoder: TextEncoder | None = None
+        self.reader = TagReader(bundle.config.tags, bundle.text, self.device)
         self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler)
 
     def upscale(
@@ -61,7 +57,7 @@ class Upscaler:
 
         Args:
             lr: Pictures of one size.
-            tags: Words for what they show; see `read_tags`.
+            tags: Words for what they show; see `TagReader`.
             seed: Of the initial noise.
             steps: Sampler steps; None takes the bundle's sampler as it is.
             estimate: `routed` follows the sampler through the experts; `one_step` is the noisiest expert's clean
@@ -74,7 +70,7 @@ class Upscaler:
             raise ValueError(f"estimate: got {estimate!r}; expected one of {', '.join(get_args(Estimate))}")
         config = self.bundle.config
         padded, (height, width) = self._pad(lr)
-        captions, null = self.read_tags(tags, lr.shape[0]), self.captions.null(lr.shape[0], self.device)
+        captions, null = self.reader.read(tags, lr.shape[0]), self.reader.null(lr.shape[0])
         pixels = (padded * 2 - 1).to(self.device)
         side_h, side_w = (side // config.lr_pixels_per_token for side in padded.shape[2:])
         generator = torch.Generator().manual_seed(seed)
@@ -85,32 +81,6 @@ class Upscaler:
             clean = self.routed.sample(noise, pixels, captions, steps, null=null)
         restored = self.experts[0].space.decode(clean) / 2 + 0.5
         return restored[..., : height * config.scale, : width * config.scale].cpu()
-
-    @torch.inference_mode()
-    def read_tags(self, tags: Sequence[str], count: int = 1) -> Tensor | TextEmbedding:
-        """Return what the network takes for tags, `count` times.
-
-        A network that knows tags by id ignores those it does not know. One that reads prompts needs the text encoder it was trained
-        with, from the folder that the bundle names, and gets the encoder's suffix too; without tags it needs no encoder.
-
-        Raises:
-            TextEncoderError: if the encoder is not there, or is another one.
-        """
-        text = self.bundle.text
-        if text is None:
-            return torch.from_numpy(encode_tags(tags, self.bundle.config.tags)).expand(count, -1).to(self.device)
-        if not prompt_of(tags):
-            return self.captions.null(count, self.device)
-        if self._encoder is None:
-            encoder = make_encoder(text.encoder, self.device)
-            if encoder.digest != text.digest:
-                raise TextEncoderError(
-                    f"{text.encoder.folder}: got a text encoder of digest {encoder.digest}; expected {text.digest}, with which the "
-                    "model was trained; fix: put that one there"
-                )
-            self._encoder = encoder
-        embedding = self._encoder.encode([prompt_of(tags, text.encoder.suffix)])
-        return TextEmbedding(*(part.expand(count, *part.shape[1:]).to(self.device) for part in (embedding.values, embedding.mask)))
 
     def _pad(self, lr: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Mirror the right and bottom edges up to a multiple of a token; return the original (height, width) too."""

@@ -1,6 +1,7 @@
 """Captions of a batch: the dropout mix as it is drawn, and embeddings from shards through training and a bundle to a picture."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ from linearsr.bundle import NULL_TEXT, BundleError, load_bundle, save_bundle
 from linearsr.captions import Captions
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import (
+    BACKBONES,
     AugmentationConfig,
-    BackboneConfig,
     DegradationConfig,
     LatentStatistics,
     ModelConfig,
@@ -115,7 +116,7 @@ def manifest(folder: Path, encoder: TextEncoder) -> Manifest:
 
 def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTask:
     model = ModelConfig(
-        backbone=BackboneConfig(width=32, num_blocks=1, caption_width=384),
+        backbone=replace(BACKBONES["nano"], caption_width=384),
         tags=TagsConfig(encoder="text", dropout=0.1, from_lr=from_lr),
         prior="lr",
     )
@@ -225,6 +226,9 @@ def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, ma
     refused = CliRunner().invoke(app, [*command, "--tags", "cat"])
     assert refused.exit_code == 2
     assert "expected the folder of a transformers text encoder" in " ".join(refused.output.split())
+    moved = CliRunner().invoke(app, [*command, "--tags", "cat, sofa", "--text-encoder", str(MINILM)])
+    assert moved.exit_code == 0, moved.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), with_tags)
     (folder / "encoder").mkdir()
     for file in MINILM.iterdir():
         if file.is_file():

@@ -23,7 +23,9 @@ def settings(context: RunContext) -> object:
         "workers": _most_workers(context),
     }
     text = context.recipe.model.text
-    return found if text is None else {**found, "text": _digest(text)}
+    # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.
+    found |= {} if text is None else {"text": _digest(text)}
+    return found | ({"tags_lr": True} if context.recipe.model.tags_from_lr else {})
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
