@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from linearsr.codec_source import CodecError, codec_digest, find_autoencoder, verify_codec
 from linearsr.config import (
     BackboneConfig,
@@ -23,10 +27,14 @@ from linearsr.config import (
     ModelConfig,
     SamplerConfig,
     TagsConfig,
+    TextEncoderConfig,
+    TextSource,
 )
 
 FORMAT = "linearsr-bundle/1"
 MANIFEST = "bundle.json"
+NULL_TEXT = "null-text.safetensors"
+"""Embedding of the null prompt, in a bundle whose network reads prompts."""
 PRECISIONS = ("float32", "bfloat16")
 _KEYS = ("boundaries", "codec", "config", "files", "format", "lineage", "precision", "sampler", "statistics")
 
@@ -56,6 +64,8 @@ class Bundle:
     """What it was made from: hashes, knee steps, parents."""
     digest: str
     """SHA-256 of `bundle.json`, which holds the hashes of all other files."""
+    text: TextSource | None = None
+    """Text encoder that the network was trained with, which only tags need; None if it knows tags by id."""
 
 
 def save_bundle(
@@ -68,12 +78,13 @@ def save_bundle(
     expert_weights: Sequence[Path],
     lineage: Mapping[str, object],
     precision: str = "float32",
+    text: TextSource | None = None,
 ) -> Bundle:
     """Write a bundle to `folder`, whole or not at all, and return it as `load_bundle` would.
 
     Args:
         folder: Made here; must not exist.
-        config, statistics, boundaries, sampler, precision: See `Bundle`.
+        config, statistics, boundaries, sampler, precision, text: See `Bundle`.
         expert_weights: Safetensors files, noisiest expert first.
         lineage: What the model was made from, JSON-able.
 
@@ -96,7 +107,7 @@ def save_bundle(
             name = f"expert-{index}.safetensors"
             shutil.copyfile(source, temporary / name)
             files[name] = _sha256(temporary / name)
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "codec": codec_digest(config.codec),
             "config": asdict(config),
@@ -107,6 +118,10 @@ def save_bundle(
             "files": files,
             "lineage": dict(lineage),
         }
+        if text is not None:
+            save_file({"null": torch.tensor(text.null)}, temporary / NULL_TEXT)
+            files[NULL_TEXT] = _sha256(temporary / NULL_TEXT)
+            content["text"] = {"encoder": asdict(text.encoder), "digest": text.digest}
         (temporary / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False), encoding="utf-8")
         temporary.rename(folder)
     finally:
@@ -142,7 +157,20 @@ def load_bundle(folder: Path, *, codec_source: str | None = None) -> Bundle:
         got = _sha256(path) if path.is_file() else "no file"
         if got != expected:
             raise BundleError(f"{path}: got SHA-256 {got}; expected {expected}; fix: fetch the bundle again, it was changed or cut short")
+    if "text" in content:
+        bundle = replace(bundle, text=_text(manifest, content["text"]))
     return _with_checked_codec(manifest, bundle, codec_source)
+
+
+def with_text_encoder(bundle: Bundle, folder: str) -> Bundle:
+    """Return the bundle with its text encoder in another folder than where it was trained; the encoder must still be the same one.
+
+    Raises:
+        BundleError: if its network reads no prompts.
+    """
+    if bundle.text is None:
+        raise BundleError(f"{bundle.folder}: got text encoder {folder}; expected none: its network knows tags by id; fix: leave it out")
+    return replace(bundle, text=replace(bundle.text, encoder=replace(bundle.text.encoder, folder=folder)))
 
 
 def _with_checked_codec(manifest: Path, bundle: Bundle, codec_source: str | None) -> Bundle:
@@ -169,14 +197,15 @@ def _is_there(source: str) -> bool:
 
 def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
     # Bundles from before there was a DC-AE do not say which codec made them: an embedded one, of version 1.
-    if sorted({"codec", *content}) != sorted(_KEYS):
+    if sorted({"codec", *content} - {"text"}) != sorted(_KEYS):
         raise ValueError(f"keys: got {sorted(content)}; expected {list(_KEYS)}")
     if content["precision"] not in PRECISIONS:
         raise ValueError(f"precision: got {content['precision']!r}; expected one of {', '.join(PRECISIONS)}")
     boundaries = ExpertsConfig(boundaries=tuple(float(t) for t in content["boundaries"])).boundaries
     names = [f"expert-{index}.safetensors" for index in range(1, len(boundaries) + 2)]
-    if sorted(content["files"]) != sorted(names):
-        raise ValueError(f"files: got {sorted(content['files'])}; expected {names}")
+    expected = [*names, NULL_TEXT] if "text" in content else names
+    if sorted(content["files"]) != sorted(expected):
+        raise ValueError(f"files: got {sorted(content['files'])}; expected {expected}")
     config = _model_config(content["config"])
     if "codec" not in content and config.codec.kind == "dc-ae":
         raise ValueError("codec: got no hash; expected that of the DC-AE")
@@ -192,6 +221,17 @@ def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
         lineage=dict(content["lineage"]),
         digest=digest,
     )
+
+
+def _text(manifest: Path, value: Mapping[str, Any]) -> TextSource:
+    try:
+        null = load_file(manifest.parent / NULL_TEXT)["null"]
+        tokens = tuple(tuple(float(number) for number in token) for token in null)
+        return TextSource(encoder=TextEncoderConfig(**value["encoder"]), digest=str(value["digest"]), null=tokens)
+    except (KeyError, SafetensorError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{manifest}: text: got {error}; expected an encoder and its null prompt; fix: assemble the bundle again"
+        ) from error
 
 
 def _model_config(value: Mapping[str, Any]) -> ModelConfig:

@@ -135,12 +135,62 @@ class TagsConfig:
     """Tag tokens a sample; more are cut, fewer are padded and masked."""
     dropout: float = 0.1
     """Probability of training a sample without tags, for classifier-free guidance. SANA: 0.1."""
+    from_lr: float = 0.0
+    """Probability of training a sample with the tags of its LR image, which is all a tagger sees later. method.md 7 #10: 0.4."""
 
     def __post_init__(self) -> None:
-        """Check the range of dropout and that no tag is listed twice."""
+        """Check the ranges of probabilities and that no tag is listed twice."""
         require(0 <= self.dropout < 1, "tags.dropout", self.dropout, "a number in [0, 1)")
+        rest = 1 - self.dropout
+        require(0 <= self.from_lr <= rest + 1e-9, "tags.from_lr", self.from_lr, f"a number in [0, {rest:g}], what dropout leaves")
         require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "a positive integer")
         require(len(set(self.vocabulary)) == len(self.vocabulary), "tags.vocabulary", self.vocabulary, "distinct words")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """A text encoder that reads tags as a prompt: a local folder as transformers saves it."""
+
+    folder: str
+    """Folder with config.json, tokenizer and safetensors; read where data is prepared and where tags are given to `upscale`."""
+    kind: Literal["transformers", "gemma2"] = "transformers"
+    """`transformers`: last hidden states of any encoder; `gemma2`: Gemma-2 as SANA uses it."""
+    max_tokens: int = 80
+    """Tokens a prompt. SANA: 300; prompts of tags need fewer than 80. method.md 7 #10."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that the encoder runs in; embeddings are float32 in either case."""
+    instruction: str = ""
+    """Text before every prompt but the empty one, for `gemma2`. SANA puts a long one, tags need none. method.md 7 #10."""
+    suffix: str = ""
+    """Words after the tags when a picture is enlarged. SeeSR: `clean, high-resolution, 8k`."""
+
+    def __post_init__(self) -> None:
+        """Check that there is a folder and room for a first and a last token."""
+        require(bool(self.folder), "text.folder", self.folder, "the folder of a text encoder")
+        require(self.max_tokens >= 2, "text.max_tokens", self.max_tokens, "an integer of at least 2")
+        require(not self.instruction or self.kind == "gemma2", "text.instruction", self.instruction, "none, except for kind gemma2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSource:
+    """Where the embeddings of a network that reads prompts come from; part of the network's identity."""
+
+    encoder: TextEncoderConfig
+    digest: str
+    """SHA-256 of the encoder's files and settings: see `linearsr.text.encoder_digest`."""
+    null: tuple[tuple[float, ...], ...]
+    """Embedding (tokens, width) of the null prompt "", for samples and guidance without tags."""
+
+    def __post_init__(self) -> None:
+        """Check that the null prompt has tokens of one width."""
+        widths = {len(token) for token in self.null}
+        require(len(widths) == 1 and 0 not in widths, "text.null", widths, "tokens of one width")
+        require(len(self.null) <= self.encoder.max_tokens, "text.null", len(self.null), f"at most {self.encoder.max_tokens} tokens")
+
+    @property
+    def width(self) -> int:
+        """Channels of an embedding."""
+        return len(self.null[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from linearsr.conditioning import TextEmbedding
 from linearsr.config import SamplerConfig
 from linearsr.experts import route
 from linearsr.model import Condition, SuperResolver
@@ -31,20 +32,36 @@ class RoutedSampler:
         warn_of_unvisited(sampler, self.experts[0].config.flow.shift, self.boundaries)
         return sampling_times(sampler, self.experts[0].config.flow.shift)
 
-    def sample(self, noise: Tensor, pixels: Tensor, tag_ids: Tensor, steps: int | None = None) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        pixels: Tensor,
+        captions: Tensor | TextEmbedding,
+        steps: int | None = None,
+        *,
+        null: Tensor | TextEmbedding | None = None,
+    ) -> Tensor:
         """Return the clean latent that the experts make of `noise`, both (B, c, H, W).
 
         Args:
             noise: standard normal; the sampler's temperature is applied here.
             pixels: LR pictures (B, 3, h, w) in [-1, 1].
-            tag_ids: (B, T).
+            captions: tag ids (B, T), or text embeddings.
             steps: sampler steps; None takes the sampler as it is.
+            null: what stands for no tags, for guidance on text embeddings; id 0 does for tag ids.
+
+        Raises:
+            ValueError: if guidance on text embeddings has no null.
         """
-        denoise = self._denoiser(pixels, tag_ids)
+        if null is None and isinstance(captions, Tensor):
+            null = torch.zeros_like(captions)
+        if null is None and self.sampler.guidance_scale != 1:
+            raise ValueError("RoutedSampler.sample: got no null captions; expected some for guidance on text; fix: pass `Captions.null`")
+        denoise = self._denoiser(pixels, captions, captions if null is None else null)
         start = self.sampler.temperature * noise
         return sample(denoise, start, self.times(steps), kind=self.sampler.kind, expert_of=lambda t: route(t, self.boundaries))
 
-    def _denoiser(self, pixels: Tensor, tag_ids: Tensor) -> Denoiser:
+    def _denoiser(self, pixels: Tensor, captions: Tensor | TextEmbedding, null: Tensor | TextEmbedding) -> Denoiser:
         """Return a denoiser that asks the right expert; each encodes the picture once, when it is first asked."""
         weight = self.sampler.guidance_scale
         conditions: dict[tuple[int, bool], Condition] = {}
@@ -53,7 +70,7 @@ class RoutedSampler:
             index = route(t, self.boundaries)
             key = (index, with_tags)
             if key not in conditions:
-                conditions[key] = self.experts[index].condition(pixels, tag_ids if with_tags else torch.zeros_like(tag_ids))
+                conditions[key] = self.experts[index].condition(pixels, captions if with_tags else null)
             return self.experts[index].denoise(z, t, conditions[key])
 
         def denoise(z: Tensor, t: float) -> Tensor:

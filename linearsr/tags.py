@@ -1,6 +1,8 @@
-"""Tags: from words to the ids that the network embeds. Imports no torch."""
+"""Tags: from words to the ids that the network embeds, or to the prompt that a text encoder reads. Imports no torch."""
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +10,30 @@ from numpy.typing import NDArray
 from linearsr.config import TagsConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """Everything a sample says in words, for networks that need more than its tags."""
+
+    tags: Sequence[str] = ()
+    """What the photograph shows."""
+    tags_lr: Sequence[str] | None = None
+    """What a tagger sees in its LR image; None if nobody asked one."""
+    text: NDArray[np.float16] | None = None
+    """Embedding (tokens, width) of the prompt of `tags`."""
+    text_lr: NDArray[np.float16] | None = None
+    """The same of `tags_lr`."""
+    encoder: str = ""
+    """Digest of the text encoder that made the embeddings."""
+
+
 def normalise_tag(tag: str) -> str:
     """Return the tag as the vocabulary spells it: lower case, single spaces."""
     return " ".join(tag.lower().split())
+
+
+def split_tags(text: str) -> list[str]:
+    """Split tags written in one text, separated by `;`, `,` or new lines."""
+    return re.split(r"[;,\n]", text)
 
 
 def vocabulary_of(tag_lists: Iterable[Sequence[str]]) -> tuple[str, ...]:
@@ -26,3 +49,15 @@ def encode_tags(tags: Sequence[str], config: TagsConfig) -> NDArray[np.int64]:
     kept = list(known)[: config.max_tags]
     ids[: len(kept)] = kept
     return ids
+
+
+def prompt_of(tags: Sequence[str], suffix: str = "") -> str:
+    """Return the prompt of tags: distinct tags in the order given, joined by ", "; without tags and suffix the null prompt "".
+
+    Args:
+        tags: words in any spelling.
+        suffix: more words, put last, as SeeSR does with "clean, high-resolution, 8k" when it restores.
+
+    Source: SeeSR (arXiv 2311.16518), test_seesr.py; method.md 2.9.
+    """
+    return ", ".join(dict.fromkeys(filter(None, [*map(normalise_tag, tags), suffix.strip()])))

@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from linearsr.captions import Captions
 from linearsr.codec_source import verify_codec
-from linearsr.config import AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
+from linearsr.config import AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig, TextSource
 from linearsr.degradation import augment, degrade
 from linearsr.flow import interpolate, sample_times
 from linearsr.latent import LatentSpace
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
 from linearsr.sampling import sample_euler
-from linearsr.tags import encode_tags
+from linearsr.tags import Caption
 
 Array = NDArray[np.generic]
 
@@ -45,6 +46,8 @@ class TaskConfig:
     codec_digest: str | None = None
     """Hash that the codec must have on every worker; None takes whatever is there."""
     seed: int = 0
+    text: TextSource | None = None
+    """Where embeddings come from, for a network that reads prompts."""
 
 
 def to_pixels(image: Tensor) -> Tensor:
@@ -66,6 +69,7 @@ class SuperResolutionTask:
         self.config = config
         self._space = LatentSpace(config.model, config.statistics)
         self._meter: Meter | None = None
+        self.captions = Captions(config.model.tags, config.text)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised network on the CPU in float32, the same for the same seed."""
@@ -73,12 +77,12 @@ class SuperResolutionTask:
             torch.manual_seed(self.config.seed)
             return SuperResolver(self.config.model, self.config.statistics)
 
-    def transform(self, image: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> dict[str, Array]:
-        """Make one training example from an HR image (H, W, 3): `hr`, `lr` uint8 (3, H, W) and `tags` (T,)."""
+    def transform(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> dict[str, Array]:
+        """Make one training example from an HR image (H, W, 3): `hr`, `lr` uint8 (3, H, W), and captions as `Captions.example`."""
         crop = augment(image, self.config.crop_px, self.config.augmentation, rng)
         return self._example(crop, tags, rng)
 
-    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str], crop_px: int, index: int) -> dict[str, Array]:
+    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, crop_px: int, index: int) -> dict[str, Array]:
         """Make the `index`-th validation example: a plain crop, degradation and `noise`, the same at every call."""
         rng = np.random.default_rng([self.config.seed, index])
         plain = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
@@ -98,18 +102,17 @@ class SuperResolutionTask:
         clean = self._space.encode(to_pixels(batch["hr"]))
         t = sample_times(count, self.config.interval, model.flow, generator).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        keep = torch.rand(count, 1, generator=generator) >= model.tags.dropout
-        tags = batch["tags"] * keep.to(batch["tags"].device)
+        captions = self.captions.mix(batch, torch.rand(count, 1, generator=generator)[:, 0])
         t_B111 = t[:, None, None, None]
-        estimate = module(interpolate(clean, noise, t_B111), t, to_pixels(batch["lr"]), tags)
+        estimate = module(interpolate(clean, noise, t_B111), t, to_pixels(batch["lr"]), captions)
         error = (estimate - clean) / self._space.error_scale(t_B111)
         weights = self._space.loss_weights().to(error.device)
         return (weights * error.square()).mean(), {}
 
-    def _example(self, crop: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> dict[str, Array]:
+    def _example(self, crop: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> dict[str, Array]:
         lr = degrade(crop, self.config.model.scale, self.config.degradation, rng)
         planes = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("hr", crop), ("lr", lr))}
-        return {**planes, "tags": encode_tags(tags, self.config.model.tags)}
+        return {**planes, **self.captions.example(tags)}
 
     @torch.no_grad()
     def validate(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,12 +124,12 @@ class SuperResolutionTask:
         low, high = self.config.interval
         lr = to_pixels(batch["lr"])
         clean = self._space.encode(to_pixels(batch["hr"]))
-        steps = self.config.validation_steps
+        steps, captions = self.config.validation_steps, self.captions.all(batch)
         times = [high - (high - low) * i / steps for i in range(steps)]
         start = interpolate(clean, batch["noise"].to(clean.device), torch.tensor(high))
 
         def denoise(z: Tensor, t: float) -> Tensor:
-            return module(z, torch.full((z.shape[0],), t, device=z.device), lr, batch["tags"])  # type: ignore[no-any-return]
+            return module(z, torch.full((z.shape[0],), t, device=z.device), lr, captions)  # type: ignore[no-any-return]
 
         restored = self._space.decode(sample_euler(denoise, start, times))
         if self._meter is None:

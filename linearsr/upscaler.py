@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from linearsr.bundle import Bundle, BundleError
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
-from linearsr.tags import encode_tags
+from linearsr.tag_reader import TagReader
 
 Estimate = Literal["routed", "one_step"]
 
@@ -38,6 +38,7 @@ class Upscaler:
                 raise BundleError(f"{path}: got other weights ({error}); expected those of {bundle.config}; fix: assemble again") from error
             dtype = torch.bfloat16 if bundle.precision == "bfloat16" else torch.float32
             self.experts.append(expert.to(self.device, dtype).eval())
+        self.reader = TagReader(bundle.config.tags, bundle.text, self.device)
         self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler)
 
     def upscale(
@@ -56,7 +57,7 @@ class Upscaler:
 
         Args:
             lr: Pictures of one size.
-            tags: Words for what they show; unknown ones are ignored.
+            tags: Words for what they show; see `TagReader`.
             seed: Of the initial noise.
             steps: Sampler steps; None takes the bundle's sampler as it is.
             estimate: `routed` follows the sampler through the experts; `one_step` is the noisiest expert's clean
@@ -69,15 +70,15 @@ class Upscaler:
             raise ValueError(f"estimate: got {estimate!r}; expected one of {', '.join(get_args(Estimate))}")
         config = self.bundle.config
         padded, (height, width) = self._pad(lr)
-        ids = torch.from_numpy(encode_tags(tags, config.tags)).expand(lr.shape[0], -1).to(self.device)
+        captions, null = self.reader.read(tags, lr.shape[0]), self.reader.null(lr.shape[0])
         pixels = (padded * 2 - 1).to(self.device)
         side_h, side_w = (side // config.lr_pixels_per_token for side in padded.shape[2:])
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((lr.shape[0], config.codec.latent_channels, side_h, side_w), generator=generator).to(self.device)
         if estimate == "one_step":
-            clean = self.experts[0].denoise(noise, 1.0, self.experts[0].condition(pixels, ids))
+            clean = self.experts[0].denoise(noise, 1.0, self.experts[0].condition(pixels, captions))
         else:
-            clean = self.routed.sample(noise, pixels, ids, steps)
+            clean = self.routed.sample(noise, pixels, captions, steps, null=null)
         restored = self.experts[0].space.decode(clean) / 2 + 0.5
         return restored[..., : height * config.scale, : width * config.scale].cpu()
 

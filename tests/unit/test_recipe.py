@@ -179,6 +179,8 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["model.codec.factor=2"], "model.codec.factor"),
         (["model.codec={kind: dc-ae, factor: 32}"], "model.codec.source"),
         (["model.codec={kind: dc-ae, factor: 32, source: x}", "model.flow.loss_weighting=pixel"], "model.flow.loss_weighting"),
+        (["model.tag_dropout=0.7", "model.tags_from_lr=0.4"], "model.tags_from_lr"),
+        (["model.text={folder: minilm, max_tokens: 1}"], "model.text.max_tokens"),
         (["model.backbone={width: 64, num_blocks: 1, head_width: 48}", "model.preset=null"], "model.backbone.head_width"),
         (["experts.boundaries=[0.9, 0.2]"], "experts.boundaries"),
         (["experts.anchor=0.99"], "experts.anchor"),

@@ -17,6 +17,7 @@ try:
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
+    from linearsr_platform.cli.tag import tag
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
     exit_naming_extra(error)
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "search": search,
     "upscale": upscale,
+    "tag": tag,
     "import-sana": import_sana,
     "export": export,
     "knee": knee,

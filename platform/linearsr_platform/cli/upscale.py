@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from linearsr.bundle import Bundle
+    from linearsr.upscaler import Upscaler
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 JPEG_QUALITY = 95
@@ -31,6 +32,9 @@ def upscale(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default: the model's own.", show_default=False)] = None,
     estimate: Annotated[str, typer.Option(help="`routed` samples through all experts, `one_step` runs the network once.")] = "routed",
     tags: Annotated[str, typer.Option(help="Comma-separated words for what is in the picture.")] = "",
+    text_encoder: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Text encoder of a model that reads tags; default: where it was.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same picture.")] = 0,
     verbose: Verbose = False,
 ) -> None:
@@ -47,8 +51,9 @@ def upscale(
     from linearsr.upscaler import Upscaler
     from linearsr_platform.cli.progress import make_display
 
-    upscaler = Upscaler(load(model, storage, tracking_uri))
+    upscaler = Upscaler(load(model, storage, tracking_uri, text_encoder))
     words = [word.strip() for word in tags.split(",") if word.strip()]
+    check_tags(upscaler, words)
     with make_display() as display:
         display.task("upscale", len(pairs), "images")
         for done, (read_from, write_to) in enumerate(pairs, start=1):
@@ -80,15 +85,26 @@ def plan(source: Path, target: Path) -> list[tuple[Path, Path]]:
     return [(source, target)]
 
 
-def load(model: str, storage_root: str, tracking_uri: str | None) -> "Bundle":
-    """Return the bundle that `model` names, checked against its hashes."""
-    from linearsr.bundle import BundleError, load_bundle
+def load(model: str, storage_root: str, tracking_uri: str | None, text_encoder: str | None = None) -> "Bundle":
+    """Return the bundle that `model` names, checked against its hashes, with its text encoder where `text_encoder` says."""
+    from linearsr.bundle import BundleError, load_bundle, with_text_encoder
     from linearsr_platform.registry.models import resolve
 
     folder = resolve(model, lambda: existing_store(storage_root, tracking_uri))
     try:
-        return load_bundle(folder)
+        bundle = load_bundle(folder)
+        return bundle if text_encoder is None else with_text_encoder(bundle, text_encoder)
     except BundleError as error:
+        raise UserError(str(error)) from error
+
+
+def check_tags(upscaler: "Upscaler", words: list[str]) -> None:
+    """Refuse tags that the model cannot read, before anything is enlarged."""
+    from linearsr.text import TextEncoderError
+
+    try:
+        upscaler.reader.read(words)
+    except TextEncoderError as error:
         raise UserError(str(error)) from error
 
 

@@ -47,15 +47,17 @@ class Scoring:
         routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, self.sampler)
         meter = Meter(self.task.metrics, PROTOCOL, self.task.metric_weights)
         values: dict[str, list[float]] = {name: [] for name in self.task.metrics}
-        for batch in validation_batches(SuperResolutionTask(self.task), crops, self.shards):
+        task = SuperResolutionTask(self.task)
+        for batch in validation_batches(task, crops, self.shards):
             moved = {name: value.to(device) for name, value in batch.items()}
-            for name, measured in meter.measure(self._restore(routed, moved), moved["hr"].float() / 255).items():
+            for name, measured in meter.measure(self._restore(routed, task, moved), moved["hr"].float() / 255).items():
                 values[name] += measured.double().tolist()
         return values
 
     @torch.inference_mode()
-    def _restore(self, routed: RoutedSampler, batch: dict[str, Tensor]) -> Tensor:
-        clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), batch["tags"], self.section.steps)
+    def _restore(self, routed: RoutedSampler, task: SuperResolutionTask, batch: dict[str, Tensor]) -> Tensor:
+        captions, null = task.captions.all(batch), task.captions.null(len(batch["lr"]), batch["lr"].device)
+        clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), captions, self.section.steps, null=null)
         return routed.experts[0].space.decode(clean) / 2 + 0.5
 
     def _expert(self, url: str, device: torch.device) -> SuperResolver:

@@ -16,7 +16,7 @@ import torch
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.data.reader import CropReader, read_images
+from linearsr_platform.data.reader import CropReader, caption_of, read_images
 from linearsr_platform.recipe.schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, BatchSource, Task
@@ -96,8 +96,7 @@ def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[st
     examples = []
     for index in range(config.crops):
         _, image, meta = images[index % len(images)]
-        tags = meta["tags"]
-        examples.append(task.validation_example(image, tags if isinstance(tags, list) else [], config.crop_px, index))
+        examples.append(task.validation_example(image, caption_of(meta), config.crop_px, index))
     chunks = [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
     return [{name: torch.from_numpy(np.stack([example[name] for example in chunk])) for name in chunk[0]} for chunk in chunks]
 

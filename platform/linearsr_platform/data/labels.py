@@ -2,12 +2,12 @@
 
 import csv
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 
-from linearsr.tags import normalise_tag
+from linearsr.tags import normalise_tag, split_tags
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 
@@ -22,6 +22,8 @@ class Label:
     """What is known about one photograph beside its pixels."""
 
     tags: tuple[str, ...] = ()
+    tags_lr: tuple[str, ...] | None = None
+    """What a tagger sees in the degraded photograph, only in `NAME.json`; None if nobody asked one."""
     held_out: bool = False
     high_quality: bool = False
     licence: str = ""
@@ -30,15 +32,11 @@ class Label:
 
 
 def label_of(fields: Mapping[str, object]) -> Label:
-    """Read a label from named fields, `tags` being a text or a list; other names are ignored.
+    """Read a label from named fields, `tags` and `tags_lr` being a text or a list; other names are ignored.
 
     Raises:
         ValueError: if a field has the wrong type or `split` or `quality` an unknown word.
     """
-    given = fields.get("tags", [])
-    tags = split_tags(given) if isinstance(given, str) else given
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise ValueError(f"tags: got {given!r}; expected a list of words")
     words = {name: fields.get(name) or "" for name in ("split", "quality", "licence", "source")}
     for name, word in words.items():
         if not isinstance(word, str):
@@ -47,7 +45,8 @@ def label_of(fields: Mapping[str, object]) -> Label:
         if words[name] not in allowed:
             raise ValueError(f"{name}: got {words[name]!r}; expected one of {', '.join(filter(None, allowed))} or nothing")
     return Label(
-        tags=tuple(dict.fromkeys(filter(None, map(normalise_tag, tags)))),
+        tags=_tags(fields, "tags"),
+        tags_lr=_tags(fields, "tags_lr") if "tags_lr" in fields else None,
         held_out=words["split"] == "held-out",
         high_quality=words["quality"] == "high",
         licence=str(words["licence"]).strip(),
@@ -55,9 +54,12 @@ def label_of(fields: Mapping[str, object]) -> Label:
     )
 
 
-def split_tags(text: str) -> list[str]:
-    """Split tags written in one text, separated by `;`, `,` or new lines."""
-    return re.split(r"[;,\n]", text)
+def _tags(fields: Mapping[str, object], key: str) -> tuple[str, ...]:
+    given = fields.get(key, [])
+    tags = split_tags(given) if isinstance(given, str) else given
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"{key}: got {given!r}; expected a list of words")
+    return tuple(dict.fromkeys(filter(None, map(normalise_tag, tags))))
 
 
 def read_table(url: str) -> dict[str, Label]:
@@ -105,3 +107,28 @@ def read_side_file(url: str) -> Label:
     if not isinstance(fields, dict):
         raise ValueError(f"got {type(fields).__name__}; expected an object with `tags`")  # noqa: TRY004
     return label_of(fields)
+
+
+def side_fields(image: Path) -> dict[str, object]:
+    """Return what the side file of a local image says, as the fields of a `NAME.json`; nothing if there is none.
+
+    Raises:
+        ValueError: if it cannot be read as a label.
+    """
+    table, plain = image.with_suffix(".json"), image.with_suffix(".txt")
+    if table.is_file():
+        fields = json.loads(table.read_text(encoding="utf-8-sig"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"got {type(fields).__name__}; expected an object with `tags`")
+        label_of(fields)
+        return fields
+    if plain.is_file():
+        return {"tags": list(label_of({"tags": plain.read_text(encoding="utf-8-sig")}).tags)}
+    return {}
+
+
+def write_side_file(image: Path, fields: Mapping[str, object]) -> Path:
+    """Write `NAME.json` beside a local image, at once; it takes the place of a `NAME.txt`, which stays."""
+    target = image.with_suffix(".json")
+    storage.write_json(str(target), dict(fields))
+    return target

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
+from linearsr.config import TextSource
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
 
@@ -67,11 +68,18 @@ class Manifest:
     licences: dict[str, int]
     """Photographs by licence; empty text where none was given."""
     quarantined: tuple[Quarantined, ...]
+    text: TextSource | None = None
+    """Encoder of the embeddings in the shards; None if there are none."""
 
     @property
     def digest(self) -> str:
         """The sha256 of everything above, hence of every sample: the identity of the data set."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, object]:
+        """Return what `manifest.json` holds; of embeddings only if there are some."""
+        content = asdict(self)
+        return content if self.text is not None else {name: value for name, value in content.items() if name != "text"}
 
     def shard_urls(self, url: str, split: str) -> tuple[str, ...]:
         """Return the URLs of a split's shards, `url` being the folder of the manifest.
@@ -87,7 +95,7 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, url: str) -> None:
     """Write `manifest.json` into the folder `url`, at once."""
-    storage.write_json(storage.join(url, FILE), asdict(manifest))
+    storage.write_json(storage.join(url, FILE), manifest.to_json())
 
 
 def load_manifest(url: str) -> Manifest:

@@ -2,9 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
 
-from linearsr.tags import vocabulary_of
+import numpy as np
+from numpy.typing import NDArray
+
+from linearsr.config import TextEncoderConfig, TextSource
+from linearsr.tags import prompt_of, vocabulary_of
+from linearsr.text import TextEncoder
 from linearsr_platform import storage
 from linearsr_platform.data.images import BadImageError
 from linearsr_platform.data.manifest import FILE, VERSION, Manifest, Quarantined, SplitInfo, write_manifest
@@ -18,12 +24,52 @@ from linearsr_platform.recipe.schema import DataConfig
 OnProgress = Callable[[int, int, str], None]
 """Called with what is done, the total, and a few words on what comes next."""
 
+
+@dataclass(frozen=True)
+class TextCache:
+    """Embeds prompts once each, as shards keep them."""
+
+    config: TextEncoderConfig
+    encoder: TextEncoder
+    known: dict[str, NDArray[np.float16]]
+    """Embeddings (tokens, width) so far, by prompt."""
+
+    def embed(self, tags: Sequence[str]) -> NDArray[np.float16]:
+        """Return the embedding (tokens, width) of the prompt of tags.
+
+        Raises:
+            UserError: if it does not fit into float16.
+        """
+        prompt = prompt_of(tags)
+        if prompt not in self.known:
+            embedding = self.encoder.encode([prompt])
+            values = embedding.values[0][embedding.mask[0]].half().numpy()
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"model.text.folder: got an embedding of {prompt!r} beyond 65504; expected an encoder that float16 can hold"
+                )
+            self.known[prompt] = values
+        return self.known[prompt]
+
+    @property
+    def source(self) -> TextSource:
+        """What a network must know of the embeddings."""
+        null = tuple(tuple(float(value) for value in token) for token in self.embed(()))
+        return TextSource(encoder=self.config, digest=self.encoder.digest, null=null)
+
+
 REASONS_SHOWN = 5
 """Reasons listed in the error when no photograph is left."""
 
 
 def prepare(
-    config: DataConfig, *, recipe_folder: str, output_url: str, on_progress: OnProgress | None = None, min_shards: int = 1
+    config: DataConfig,
+    *,
+    recipe_folder: str,
+    output_url: str,
+    on_progress: OnProgress | None = None,
+    min_shards: int = 1,
+    text: TextCache | None = None,
 ) -> Manifest:
     """Check all photographs, then write `SPLIT/00000.tar` ... and, last, `manifest.json` into the folder `output_url`.
 
@@ -37,6 +83,7 @@ def prepare(
         on_progress: told about every file and sample.
         min_shards: shards that `train` and `high-quality` have at least, as long as they have samples: training needs one
             for each worker.
+        text: embeds the prompts of tags, for a network that reads them; None writes no embeddings.
 
     Raises:
         UserError: if sources, tables or sizes do not allow a data set; nothing is written.
@@ -51,9 +98,9 @@ def prepare(
         raise UserError(f"data.sources: got {len(refused)} files, none of which can be used ({reasons}); expected photographs")
     splits = split_photos(photos, config, min_shards)
     storage.remove(storage.join(output_url, FILE))
-    writer = _Writer(config, output_url, report, sum(map(len, splits.values())))
+    writer = _Writer(config, output_url, report, sum(map(len, splits.values())), text)
     written = {name: writer.write(name, cuts, min_shards if name in ("train", "high-quality") else 1) for name, cuts in splits.items()}
-    manifest = _manifest(config, photos, refused, splits, written)
+    manifest = _manifest(config, photos, refused, splits, written, None if text is None else text.source)
     write_manifest(manifest, output_url)
     return manifest
 
@@ -61,8 +108,8 @@ def prepare(
 class _Writer:
     """Writes splits one after the other and counts samples over all of them."""
 
-    def __init__(self, config: DataConfig, output_url: str, report: OnProgress, total: int) -> None:
-        self._config, self._output_url, self._report, self._total = config, output_url, report, total
+    def __init__(self, config: DataConfig, output_url: str, report: OnProgress, total: int, text: TextCache | None) -> None:
+        self._config, self._output_url, self._report, self._total, self._text = config, output_url, report, total, text
         self._done = 0
 
     def write(self, name: str, cuts: Sequence[Cut], min_shards: int) -> SplitInfo:
@@ -75,13 +122,13 @@ class _Writer:
     def _samples(self, split: str, cuts: Sequence[Cut]) -> Iterator[Sample]:
         for cut in cuts:
             self._report(self._done, self._total, f"writing {split} {cut.key}")
-            yield make_sample(cut, self._config)
+            yield make_sample(cut, self._config, self._text)
             self._done += 1
         self._report(self._done, self._total, f"writing {split}")
 
 
-def make_sample(cut: Cut, config: DataConfig) -> Sample:
-    """Read the photograph of a cut again and cut it out.
+def make_sample(cut: Cut, config: DataConfig, text: TextCache | None = None) -> Sample:
+    """Read the photograph of a cut again and cut it out; `text` adds the embeddings of its tags.
 
     Raises:
         StageError: if it is not what it was when it was checked.
@@ -100,10 +147,18 @@ def make_sample(cut: Cut, config: DataConfig) -> Sample:
         "source": label.source or candidate.source,
         "file": candidate.name,
     }
+    arrays: dict[str, NDArray[np.generic]] = {}
+    if label.tags_lr is not None:
+        meta["tags_lr"] = list(label.tags_lr)
+    if text is not None:
+        meta["text_encoder"] = text.encoder.digest
+        arrays["text"] = text.embed(label.tags)
+        if label.tags_lr is not None:
+            arrays["text_lr"] = text.embed(label.tags_lr)
     if cut.box is None:
-        return Sample(cut.key, decoded.pixels, meta)
+        return Sample(cut.key, decoded.pixels, meta, arrays)
     left, top, right, bottom = cut.box
-    return Sample(cut.key, decoded.pixels[top:bottom, left:right], {**meta, "crop_box": list(cut.box)})
+    return Sample(cut.key, decoded.pixels[top:bottom, left:right], {**meta, "crop_box": list(cut.box)}, arrays)
 
 
 def _manifest(
@@ -112,8 +167,11 @@ def _manifest(
     refused: Sequence[Quarantined],
     splits: dict[str, list[Cut]],
     written: dict[str, SplitInfo],
+    text: TextSource | None,
 ) -> Manifest:
     counts = {"found": len(photos) + len(refused), "quarantined": len(refused)}
+    if tagged_lr := sum(cut.photo.candidate.label.tags_lr is not None for cut in splits["train"]):
+        counts["train with tags_lr"] = tagged_lr
     licences = Counter(photo.candidate.label.licence for photo in photos)
     return Manifest(
         version=VERSION,
@@ -123,4 +181,5 @@ def _manifest(
         counts=counts | {name: info.samples for name, info in written.items()},
         licences=dict(sorted(licences.items())),
         quarantined=tuple(refused),
+        text=text,
     )

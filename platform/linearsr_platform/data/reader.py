@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from typing import Self
 
 import numpy as np
@@ -13,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from linearsr.tags import Caption
 from linearsr_platform import storage
 from linearsr_platform.data.images import BadImageError, Pixels, decode_png
 from linearsr_platform.errors import StageError, UserError
 
-Transform = Callable[[Pixels, list[str], np.random.Generator], dict[str, NDArray[np.generic]]]
-"""Makes one training example of an image (H, W, 3), its tags and a source of randomness."""
+Transform = Callable[[Pixels, list[str] | Caption, np.random.Generator], dict[str, NDArray[np.generic]]]
+"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness."""
+ARRAYS = ("text", "text_lr")
+"""Arrays that a sample may have; they are read into its `meta`."""
 
 BLOCK_IMAGES = 16
 """Images that are mixed with each other at least, as long as they fit into `BLOCK_BYTES`."""
@@ -35,12 +39,7 @@ class RawSample:
     """Its shard."""
     png: bytes
     meta: dict[str, object]
-
-    @property
-    def tags(self) -> list[str]:
-        """Its tags; none if it has no list of them."""
-        tags = self.meta["tags"]
-        return [str(tag) for tag in tags] if isinstance(tags, list) else []
+    """What `KEY.json` says, and its arrays by name."""
 
     @property
     def decoded_bytes(self) -> int:
@@ -59,6 +58,25 @@ class RawSample:
             raise StageError(f"shard {self.url}: sample {self.key}: {error}; fix: run the stage `prepare` again") from error
 
 
+def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:
+    """Return what a sample says in words: its tags, or a `Caption` if it has more than those."""
+    tags, tags_lr = (_words(meta.get(name)) for name in ("tags", "tags_lr"))
+    if "tags_lr" not in meta and "text" not in meta:
+        return tags
+    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in ARRAYS))
+    return Caption(
+        tags=tags,
+        tags_lr=tags_lr if "tags_lr" in meta else None,
+        text=text,
+        text_lr=text_lr,
+        encoder=str(meta.get("text_encoder", "")),
+    )
+
+
+def _words(value: object) -> list[str]:
+    return [str(word) for word in value] if isinstance(value, list) else []
+
+
 def read_shard(url: str) -> Iterator[RawSample]:
     """Read the samples of one shard, local or remote, in their order.
 
@@ -69,7 +87,8 @@ def read_shard(url: str) -> Iterator[RawSample]:
     try:
         with fs.open(path, "rb") as stream:
             for raw in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                yield RawSample(raw["__key__"], url, raw["png"], json.loads(raw["json"]))
+                arrays = {name: np.load(BytesIO(raw[f"{name}.npy"]), allow_pickle=False) for name in ARRAYS if f"{name}.npy" in raw}
+                yield RawSample(raw["__key__"], url, raw["png"], json.loads(raw["json"]) | arrays)
     except (OSError, EOFError, tarfile.TarError, ValueError, KeyError) as error:
         raise StageError(f"shard {url}: cannot be read: {type(error).__name__}: {error}; fix: run the stage `prepare` again") from error
 
@@ -194,7 +213,7 @@ class CropReader:
             block.pixels[sample.key] = sample.decode()
         rng = _generator(self._seed, _number(sample.key), place.epoch, draw)
         self._offset += 1
-        return self._transform(block.pixels[sample.key], sample.tags, rng)
+        return self._transform(block.pixels[sample.key], caption_of(sample.meta), rng)
 
     def _next_block(self) -> _Block:
         """Read the block that starts at `_start`."""

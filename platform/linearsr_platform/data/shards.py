@@ -3,9 +3,12 @@
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from linearsr_platform import storage
 from linearsr_platform.data.images import Pixels, encode_png
@@ -21,10 +24,12 @@ class Sample:
     """(H, W, 3) RGB."""
     meta: dict[str, object]
     """Written as `KEY.json`; JSON-able."""
+    arrays: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """Each written as `KEY.NAME.npy`."""
 
 
 def write_shard(folder: str, name: str, samples: Iterable[Sample]) -> ShardInfo:
-    """Write `folder`/`name` at once: `KEY.png` and `KEY.json` of each sample, `sha256` being that of the PNG.
+    """Write `folder`/`name` at once: `KEY.png`, `KEY.json` and arrays of each sample, `sha256` being that of the PNG.
 
     Returns: size and hash, with the last part of `folder` and `name` as path.
     """
@@ -37,6 +42,10 @@ def write_shard(folder: str, name: str, samples: Iterable[Sample]) -> ShardInfo:
                 facts = {"width_px": width_px, "height_px": height_px, "sha256": hashlib.sha256(png).hexdigest()}
                 _add(tar, f"{sample.key}.png", png)
                 _add(tar, f"{sample.key}.json", json.dumps({**sample.meta, **facts}, sort_keys=True).encode())
+                for array_name, array in sorted(sample.arrays.items()):
+                    buffer = BytesIO()
+                    np.save(buffer, array, allow_pickle=False)
+                    _add(tar, f"{sample.key}.{array_name}.npy", buffer.getvalue())
                 count += 1
         return ShardInfo(f"{storage.name_of(folder)}/{name}", count, path.stat().st_size, file_hash(str(path)))
 

@@ -44,6 +44,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("model.preset", "model.backbone"), _one_backbone)
     yield Rule(("model.scale", "model.codec"), _codec_reaches_scale)
     yield Rule(("model.flow", "model.codec"), _loss_suits_codec)
+    yield Rule(("model.tag_dropout", "model.tags_from_lr"), _tags_leave_room)
     yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
     yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
     for key in ("validation.metrics", "evaluate.metrics"):
@@ -96,6 +97,12 @@ def _loss_suits_codec(recipe: Recipe) -> Iterator[Broken]:
     if weighting == "pixel" and kind == "dc-ae":
         rule = "latent with codec dc-ae: it is not orthonormal, so errors in latents do not weigh in the picture as they are"
         yield Broken("model.flow.loss_weighting", weighting, rule)
+
+
+def _tags_leave_room(recipe: Recipe) -> Iterator[Broken]:
+    model = recipe.model
+    if model.tags_from_lr > 1 - model.tag_dropout + ROUNDING:
+        yield Broken("model.tags_from_lr", model.tags_from_lr, f"at most what model.tag_dropout leaves, {1 - model.tag_dropout:g}")
 
 
 def _validation_crop(recipe: Recipe) -> Iterator[Broken]:

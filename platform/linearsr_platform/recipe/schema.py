@@ -17,6 +17,7 @@ from linearsr.config import (
     DegradationConfig,
     FlowConfig,
     SamplerConfig,
+    TextEncoderConfig,
 )
 from linearsr.experts import EFFECTIVE_LOG_SNR, bisect_boundaries
 from linearsr.guard import GuardConfig
@@ -90,6 +91,11 @@ class ModelSection(Section):
     """Tag tokens a sample."""
     tag_dropout: Fraction = 0.1
     """Probability of training a sample without its tags."""
+    tags_from_lr: Fraction = 0.0
+    """Probability of training a sample with the tags of its LR image, `tags_lr`, which `linearsr tag --lr` writes. method.md 7 #10: 0.4."""
+    text: TextEncoderConfig | None = None
+    """A text encoder that reads the tags as a prompt, once, when data is prepared; unset learns an embedding of each tag. The backbone's
+    `caption_width` must be the encoder's width."""
 
     @property
     def resolved_backbone(self) -> BackboneConfig:

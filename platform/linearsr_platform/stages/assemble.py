@@ -47,6 +47,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
             expert_weights=weights,
             lineage=lineage,
             precision=context.recipe.finetune.train.precision,
+            text=manifest_of(context).text,
         )
         storage.copy_tree(str(folder), bundle_url_in(url))
     tracked.set_tags({"bundle_digest": bundle.digest})

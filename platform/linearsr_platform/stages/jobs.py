@@ -39,7 +39,13 @@ def model_config(context: RunContext) -> ModelConfig:
         backbone=model.resolved_backbone,
         flow=model.flow,
         prior=model.prior,
-        tags=TagsConfig(vocabulary=manifest_of(context).vocabulary, max_tags=model.max_tags, dropout=model.tag_dropout),
+        tags=TagsConfig(
+            encoder="learned" if model.text is None else "text",
+            vocabulary=manifest_of(context).vocabulary,
+            max_tags=model.max_tags,
+            dropout=model.tag_dropout,
+            from_lr=model.tags_from_lr,
+        ),
     )
 
 
@@ -83,6 +89,7 @@ def make_job(
         metric_weights=context.metric_weights,
         codec_digest=digest,
         seed=recipe.seed,
+        text=manifest_of(context).text,
     )
     return TrainJob(
         name=name,

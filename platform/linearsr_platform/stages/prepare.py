@@ -1,8 +1,10 @@
 """Stage `prepare`: photographs to checked shards."""
 
+from linearsr.config import TextEncoderConfig
+from linearsr.text import TextEncoderError, encoder_digest, make_encoder
 from linearsr_platform import storage
 from linearsr_platform.data.manifest import Manifest, load_manifest
-from linearsr_platform.data.prepare import prepare
+from linearsr_platform.data.prepare import TextCache, prepare
 from linearsr_platform.data.sources import list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
@@ -14,12 +16,16 @@ def settings(context: RunContext) -> object:
     """Return the data section, the tables' contents and which files the sources hold now, so new photographs are noticed."""
     data = context.recipe.data
     tables = {source.table for source in data.sources.values() if source.table}
-    return {
+    found = {
         "data": data.model_dump(mode="json"),
         "tables": {table: stable_hash(_table(context, table)) for table in sorted(tables)},
         "files": {name: sorted(list_source(name, source)) for name, source in sorted(data.sources.items())},
         "workers": _most_workers(context),
     }
+    text = context.recipe.model.text
+    # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.
+    found |= {} if text is None else {"text": _digest(text)}
+    return found | ({"tags_lr": True} if context.recipe.model.tags_from_lr else {})
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
@@ -34,6 +40,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         output_url=url,
         on_progress=on_progress,
         min_shards=_most_workers(context),
+        text=text_cache(context),
     )
     _refuse_too_few(context, manifest)
     counts = {split: info.samples for split, info in manifest.splits.items()}
@@ -43,6 +50,34 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     summary = ", ".join(f"{count} {split}" for split, count in counts.items())
     quarantined = f", {len(manifest.quarantined)} quarantined" if manifest.quarantined else ""
     return StageOutput(summary + quarantined, {"digest": manifest.digest})
+
+
+def text_cache(context: RunContext) -> TextCache | None:
+    """Return what embeds prompts, loaded; None for a network that learns its own embedding.
+
+    Raises:
+        UserError: if the encoder cannot be loaded, or has another width than the network expects.
+    """
+    model = context.recipe.model
+    if model.text is None:
+        return None
+    try:
+        encoder = make_encoder(model.text)
+    except TextEncoderError as error:
+        raise UserError(str(error)) from error
+    expected = model.resolved_backbone.caption_width
+    if encoder.width != expected:
+        raise UserError(
+            f"model.text: got an encoder of width {encoder.width}; expected the backbone's caption_width, {expected}; fix: set it"
+        )
+    return TextCache(model.text, encoder, {})
+
+
+def _digest(text: TextEncoderConfig) -> str:
+    try:
+        return encoder_digest(text)
+    except TextEncoderError as error:
+        raise UserError(str(error)) from error
 
 
 def manifest_of(context: RunContext) -> Manifest:
@@ -73,6 +108,12 @@ def _refuse_too_few(context: RunContext, manifest: Manifest) -> None:
     needed: dict[str, int] = {"validation": 1, "held-out": 1}
     needed["train"] = max(recipe.pretrain.workers, recipe.experts.train.workers)
     needed[recipe.finetune.subset] = max(needed.get(recipe.finetune.subset, 0), recipe.finetune.train.workers)
+    tagged = manifest.counts.get("train with tags_lr", 0)
+    if recipe.model.tags_from_lr and tagged < manifest.splits["train"].samples:
+        raise UserError(
+            f"model.tags_from_lr: got {recipe.model.tags_from_lr} with {tagged} of {manifest.splits['train'].samples} training photographs "
+            "that have tags_lr; expected all; fix: `linearsr tag FOLDER --lr`"
+        )
     for split, workers in needed.items():
         shards = len(manifest.splits[split].shards)
         if shards < workers:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
+from linearsr.tags import Caption
 
 Batch = dict[str, Tensor]
 """One micro-batch: name -> (B, ...) tensor."""
@@ -26,11 +27,14 @@ class Task(Protocol):
         """Return a freshly initialised network in float32 on the CPU, the same one on every worker."""
         ...
 
-    def transform(self, image: NDArray[np.uint8], tags: Sequence[str], rng: np.random.Generator) -> Example:
-        """Make one training example from an image (H, W, 3). All randomness comes from `rng`."""
+    def transform(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> Example:
+        """Make one training example from an image (H, W, 3) and its tags, or a `Caption` where a sample has more than tags.
+
+        All randomness comes from `rng`.
+        """
         ...
 
-    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str], crop_px: int, index: int) -> Example:
+    def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, crop_px: int, index: int) -> Example:
         """Make the `index`-th validation example, the same at every call."""
         ...
 

@@ -1,0 +1,54 @@
+"""From words to what a released network takes: tag ids, or a text encoder's embedding of the prompt."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from linearsr.captions import Captions
+from linearsr.conditioning import TextEmbedding
+from linearsr.config import TagsConfig, TextSource
+from linearsr.tags import encode_tags, prompt_of
+from linearsr.text import TextEncoder, TextEncoderError, make_encoder
+
+
+class TagReader:
+    """Reads tags for one network; loads its text encoder when it is first needed, if ever."""
+
+    def __init__(self, tags: TagsConfig, text: TextSource | None, device: str | torch.device = "cpu") -> None:
+        """Keep what a bundle says of tags; nothing is loaded yet."""
+        self._captions, self._device = Captions(tags, text), torch.device(device)
+        self._encoder: TextEncoder | None = None
+
+    def null(self, count: int = 1) -> Tensor | TextEmbedding:
+        """Return what stands for no tags, `count` times; needs no encoder."""
+        return self._captions.null(count, self._device)
+
+    @torch.no_grad()
+    def read(self, tags: Sequence[str], count: int = 1) -> Tensor | TextEmbedding:
+        """Return what the network takes for tags, `count` times.
+
+        A network that knows tags by id ignores those it does not know. One that reads prompts needs the text encoder it was trained
+        with, and gets the encoder's suffix too; without tags it needs none.
+
+        Raises:
+            TextEncoderError: if the encoder is not there, or is another one.
+        """
+        text = self._captions.text
+        if text is None:
+            return torch.from_numpy(encode_tags(tags, self._captions.tags)).expand(count, -1).to(self._device)
+        if not prompt_of(tags):
+            return self.null(count)
+        embedding = self._encoder_of(text).encode([prompt_of(tags, text.encoder.suffix)])
+        return TextEmbedding(*(part.expand(count, *part.shape[1:]).to(self._device) for part in (embedding.values, embedding.mask)))
+
+    def _encoder_of(self, text: TextSource) -> TextEncoder:
+        if self._encoder is None:
+            encoder = make_encoder(text.encoder, self._device)
+            if encoder.digest != text.digest:
+                raise TextEncoderError(
+                    f"{text.encoder.folder}: got a text encoder of digest {encoder.digest}; expected {text.digest}, with which the "
+                    "model was trained; fix: name its folder with --text-encoder"
+                )
+            self._encoder = encoder
+        return self._encoder

