@@ -217,7 +217,7 @@ def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:
         sampler=_sampler(content["sampler"]),
         experts=tuple(folder / name for name in names),
         precision=content["precision"],
-        codec_digest=str(content["codec"]) if "codec" in content else codec_digest(config.codec),
+        codec_digest=str(content["codec"]) if "codec" in content else codec_digest(config.codec, version=1),
         lineage=dict(content["lineage"]),
         digest=digest,
     )

@@ -88,17 +88,21 @@ def check_codec(config: CodecConfig) -> None:
             raise CodecError(f'codec.source: got {str(files.folder)!r} but no diffusers; fix: pip install "linearsr[{EXTRA}]"')
 
 
-def codec_digest(config: CodecConfig) -> str:
+def codec_digest(config: CodecConfig, *, version: int = VERSION) -> str:
     """Return the SHA-256 of everything that decides a codec's function: the same digest gives the same latents.
 
     It is that of kind, factor and version for an embedded transform, and of settings and weights for a DC-AE, wherever they lie.
     Neither the place nor `tile` counts. Files are read once a process unless they change.
 
+    Args:
+        config: Any codec.
+        version: Of the embedded transforms.
+
     Raises:
         CodecError: if the weights are not there.
     """
     if config.kind != "dc-ae":
-        return _hash({"kind": config.kind, "factor": config.factor, "version": VERSION})
+        return _hash({"kind": config.kind, "factor": config.factor, "version": version})
     files = find_autoencoder(config.source)
     # Notes of the writer, like its version, begin with an underscore.
     settings = {name: value for name, value in files.settings.items() if not name.startswith("_")}
