@@ -34,7 +34,7 @@ $(STAMP):
 quickstart: install ## Train a small model on real photographs, release it, upsample a held-out one (about 10 minutes)
 	@$(BIN)/linearsr run pipelines/quickstart.yaml --profile pipelines/profiles/local.yaml
 	@$(BIN)/linearsr upscale "$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("skimage").submodule_search_locations[0])')/data/coffee.png" \
-	  runs/quickstart/coffee-x4.png --model models:/linearsr-quickstart@champion --storage runs
+	  runs/quickstart/coffee-x4.png --model models:/linearsr-quickstart@champion --storage runs --overwrite
 	@echo "Picture:  runs/quickstart/coffee-x4.png"
 	@echo "Report:   runs/quickstart/report.html"
 	@echo "MLflow:   $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"

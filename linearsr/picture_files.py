@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from linearsr.pictures import Picture, luma
+from linearsr.pictures import Picture, PictureError, luma
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """What can be written, in lower case."""
@@ -33,12 +33,12 @@ def fit_format(picture: Picture, suffix: str) -> Picture:
     """Return the picture as the format can hold it, with a note for what is lost.
 
     Raises:
-        ValueError: if it is too large for the format.
+        PictureError: if it is too large for the format.
     """
     kind, notes = suffix.lower(), []
     limit = LARGEST_SIDE_PX.get(kind)
     if limit is not None and max(picture.size) > limit:
-        raise ValueError(f"{suffix}: got {picture.size[0]} x {picture.size[1]} px; expected at most {limit} a side; fix: write PNG")
+        raise PictureError(f"{suffix}: got {picture.size[0]} x {picture.size[1]} px; expected at most {limit} a side; fix: write PNG")
     colour, alpha, bits = picture.colour, picture.alpha, picture.bits
     if bits == 16 and kind != ".png":
         bits = 8
@@ -77,7 +77,8 @@ def quantise(picture: Picture) -> _Samples:
     planes = light if picture.alpha is None else np.concatenate([light, picture.alpha[..., None]], axis=2)
     levels = 65535 if picture.bits == 16 else 255
     rounded = np.rint(planes.clip(0, 1) * levels)
-    return rounded.astype(np.uint16) if picture.bits == 16 else rounded.astype(np.uint8)
+    samples: _Samples = rounded.astype(np.uint16) if picture.bits == 16 else rounded.astype(np.uint8)
+    return samples
 
 
 def _png16(samples: _Samples, profile: bytes | None, exif: bytes | None) -> bytes:

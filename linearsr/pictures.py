@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +125,7 @@ def _from_image(image: Image.Image, notes: list[str]) -> Picture:
     """Take 8-bit pixels, and 16-bit grey, which Pillow can hold."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        samples = np.asarray(ImageOps.exif_transpose(image)).astype(np.float32) / 65535
+        samples = np.asarray(ImageOps.exif_transpose(image)).astype(np.float32) / np.float32(65535)
         return Picture(np.repeat(samples[..., None], 3, axis=2), grey=True, bits=16)
     if mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {mode}) have no defined white")
@@ -137,7 +138,7 @@ def _from_image(image: Image.Image, notes: list[str]) -> Picture:
     elif mode not in ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa"):
         notes.append(f"{mode} converted to RGB")
     upright = ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
-    samples = np.asarray(upright).astype(np.float32) / 255
+    samples = np.asarray(upright).astype(np.float32) / np.float32(255)
     return Picture(np.ascontiguousarray(samples[..., :3]), alpha=samples[..., 3].copy() if has_alpha else None, grey=grey)
 
 
@@ -171,7 +172,7 @@ def _into_srgb(picture: Picture, profile: bytes) -> Picture:
     turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if turned is None:
         return replace(picture, profile=profile)
-    colour = np.asarray(turned).astype(np.float32) / 255
+    colour = np.asarray(turned).astype(np.float32) / np.float32(255)
     said = f"converted from {name!r} to sRGB, whose profile is attached"
     return replace(picture, colour=colour, profile=srgb_profile(), notes=(*picture.notes, said))
 
@@ -207,7 +208,7 @@ def _raw_mode(image: Image.Image) -> str | None:
     return raw if isinstance(raw, str) and ";16" in raw else None
 
 
-def _with_order(arguments: object, order: str) -> object:
+def _with_order(arguments: Any, order: str) -> Any:
     if isinstance(arguments, str):
         return f"{arguments[:-1]}{order}" if ";16" in arguments else arguments
     return tuple(_with_order(one, order) for one in arguments) if isinstance(arguments, tuple) else arguments
@@ -215,7 +216,7 @@ def _with_order(arguments: object, order: str) -> object:
 
 def _from_samples(image: Image.Image, samples: NDArray[np.uint16]) -> Picture:
     """Take 16-bit samples that were put together by hand."""
-    scaled = samples.astype(np.float32) / 65535
+    scaled = samples.astype(np.float32) / np.float32(65535)
     grey = image.mode == "LA"
     colour = np.repeat(scaled[..., :1], 3, axis=2) if grey else np.ascontiguousarray(scaled[..., :3])
     alpha = scaled[..., -1].copy() if image.mode in ("RGBA", "LA") else None
