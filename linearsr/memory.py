@@ -6,10 +6,12 @@ Mix-FFN, c latent channels, S stem channels. `tests/unit/test_memory.py` holds t
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from linearsr.bundle import Bundle
+from linearsr.config import ModelConfig
 from linearsr.residency import Residency, expert_parameters, network_dtype
 from linearsr.tiles import Tiling, cut, whole
 from linearsr.upscaler import token_grid
@@ -60,21 +62,33 @@ class MemoryPlan:
         return None if self.tiling.num_tiles == 1 else max(self.tiling.side)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryModel:
-    """Bytes that a bundle's network takes, by arithmetic on its configuration."""
+    """Bytes that a network takes, by arithmetic on its configuration."""
 
-    def __init__(self, bundle: Bundle, *, device_type: str = "cpu") -> None:
-        """Read the configuration and the header of one expert's file."""
-        self.config = bundle.config
-        self.num_experts = len(bundle.experts)
-        self.dtype_bytes = network_dtype(bundle).itemsize
-        self.expert_bytes = expert_parameters(bundle) * self.dtype_bytes
-        # On CUDA the next expert is copied beside the running one.
-        self.slots = min(self.num_experts, 2 if device_type == "cuda" else 1)
+    config: ModelConfig
+    num_experts: int
+    expert_parameters: int
+    dtype_bytes: int
+    """Bytes of a number in the network."""
+    device_type: str = "cpu"
+    """On `cuda` the next expert is copied beside the running one."""
+
+    @classmethod
+    def of(cls, bundle: Bundle, device_type: str = "cpu") -> Self:
+        """Read a bundle's configuration and the header of one expert's file."""
+        return cls(
+            config=bundle.config,
+            num_experts=len(bundle.experts),
+            expert_parameters=expert_parameters(bundle),
+            dtype_bytes=network_dtype(bundle).itemsize,
+            device_type=device_type,
+        )
 
     def weights(self, residency: Residency) -> int:
         """Return the bytes of the weights on the device."""
-        return self.expert_bytes * (self.num_experts if residency == "all" else self.slots)
+        slots = self.num_experts if residency == "all" else min(self.num_experts, 2 if self.device_type == "cuda" else 1)
+        return self.expert_parameters * self.dtype_bytes * slots
 
     def activations_per_token(self) -> int:
         """Return the bytes a token takes at the widest point of a block, with the network's input beside it.

@@ -82,14 +82,14 @@ def measured_peak(bundle, size_px, **options):
 def test_the_plan_is_within_a_quarter_of_what_is_counted(tmp_path, shape, tile):
     bundle = make_bundle(tmp_path / "m", **shape)
     side = 32 * bundle.config.lr_pixels_per_token
-    plan = MemoryModel(bundle).plan((side, side), 10**12, residency="all", tile=tile)
+    plan = MemoryModel.of(bundle).plan((side, side), 10**12, residency="all", tile=tile)
     assert plan.tiling.num_tiles == (1 if tile is None else 9)
     counted = measured_peak(bundle, (side, side), tile=tile, colour_fix="wavelet")
     assert plan.peak_bytes - plan.weight_bytes == pytest.approx(counted, rel=0.25)
 
 
 def test_memory_decides_between_whole_one_expert_at_a_time_and_tiles(tmp_path):
-    model = MemoryModel(make_bundle(tmp_path / "m", width=256, factor=8, blocks=3))
+    model = MemoryModel.of(make_bundle(tmp_path / "m", width=256, factor=8, blocks=3))
     size = (256, 192)
     roomy = model.plan(size, 10**12)
     assert (roomy.tile, roomy.residency) == (None, "all")
@@ -105,7 +105,7 @@ def test_memory_decides_between_whole_one_expert_at_a_time_and_tiles(tmp_path):
 
 def test_the_largest_whole_picture_fits_and_a_larger_one_does_not(tmp_path):
     bundle = make_bundle(tmp_path / "m", width=64, factor=8)
-    model, budget = MemoryModel(bundle), 100 * 10**6
+    model, budget = MemoryModel.of(bundle), 100 * 10**6
     side = model.largest_whole_px(budget) // bundle.config.scale
     assert model.plan((side, side), budget, residency="all").tile is None
     more = side + bundle.config.lr_pixels_per_token

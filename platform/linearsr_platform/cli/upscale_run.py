@@ -85,7 +85,7 @@ class UpscaleRun:
 
     def __post_init__(self) -> None:
         """Read what the plan needs."""
-        self.memory = MemoryModel(self.bundle, device_type=self.machine.device.type)
+        self.memory = MemoryModel.of(self.bundle, self.machine.device.type)
         self._residency = self.machine.residency
 
     def plan(self, job: Job) -> list[Outcome]:
