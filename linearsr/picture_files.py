@@ -35,10 +35,8 @@ def fit_format(picture: Picture, suffix: str) -> Picture:
     Raises:
         PictureError: if it is too large for the format.
     """
+    check_size(picture.size, suffix)
     kind, notes = suffix.lower(), []
-    limit = LARGEST_SIDE_PX.get(kind)
-    if limit is not None and max(picture.size) > limit:
-        raise PictureError(f"{suffix}: got {picture.size[0]} x {picture.size[1]} px; expected at most {limit} a side; fix: write PNG")
     colour, alpha, bits = picture.colour, picture.alpha, picture.bits
     if bits == 16 and kind != ".png":
         bits = 8
@@ -47,6 +45,17 @@ def fit_format(picture: Picture, suffix: str) -> Picture:
         colour, alpha = colour * alpha[..., None] + (1 - alpha[..., None]), None
         notes.append("transparency laid over white: JPEG has none")
     return replace(picture, colour=colour, alpha=alpha, bits=bits, notes=(*picture.notes, *notes))
+
+
+def check_size(size: tuple[int, int], suffix: str) -> None:
+    """Refuse a size (width, height) that the format cannot hold, before anything is enlarged for it.
+
+    Raises:
+        PictureError: if a side is too long.
+    """
+    limit = LARGEST_SIDE_PX.get(suffix.lower())
+    if limit is not None and max(size) > limit:
+        raise PictureError(f"{suffix}: got {size[0]} x {size[1]} px; expected at most {limit} a side; fix: write PNG")
 
 
 def encode_picture(picture: Picture, suffix: str) -> bytes:

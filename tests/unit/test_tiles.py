@@ -142,3 +142,12 @@ def test_experts_in_turn_give_the_same_bits_and_every_switch_is_counted(bundle):
     assert counts[0] == counts[1]
     assert counts[0]["switch"] == 8  # Four experts a picture, each asked for once.
     assert [counts[0][f"expert {index}"] for index in (1, 2, 3, 4)] == [2 * 4, 2 * 2, 2 * 13, 2 * 1]  # method.md 3.7, N = 20.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_experts_in_turn_give_the_same_bits(bundle):
+    upscalers = [Upscaler(bundle, device="cuda", residency=residency) for residency in ("all", "one")]
+    for seed in (0, 1):
+        first, second = (upscaler.upscale_tensor(scene()[..., :24, :24], seed=seed, steps=20) for upscaler in upscalers)
+        assert torch.equal(first, second)

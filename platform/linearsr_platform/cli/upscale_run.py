@@ -11,7 +11,7 @@ import torch
 from linearsr.bundle import Bundle
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
 from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes
-from linearsr.picture_files import INPUT_SUFFIXES, encode_picture, fit_format, output_suffix
+from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
 from linearsr.pictures import Picture, PictureError, decode_picture, read_picture
 from linearsr.residency import Residency
 from linearsr.sizing import SizePlan
@@ -149,6 +149,7 @@ class UpscaleRun:
 
     def _enlarge_picture(self, picture: Picture, source: str, target: str, suffix: str) -> tuple[bytes, Outcome]:
         sizes, plan = self._plans(picture)
+        check_size(sizes.output, suffix)
         large = fit_format(enlarge(self._loaded(plan.residency), picture, self.request, tile=plan.tile), suffix)
         with self.stopwatch.section("write"):
             content = encode_picture(large, suffix)
