@@ -87,12 +87,15 @@ def decode_picture(content: bytes, name: str) -> Picture:
             notes: list[str] = []
             if getattr(image, "n_frames", 1) > 1:
                 notes.append(f"first of {getattr(image, 'n_frames', 1)} frames taken")
+            grey = image.mode in ("1", "L", "LA", "La") or (_raw_mode(image) or "").startswith("LA")  # Pillow opens 16-bit LA as RGBA.
             deep = _deep_samples(image, content, notes)
             exif, profile = carried_exif(image), image.info.get("icc_profile")
             if image.getexif().get(0x0112, 1) not in (0, 1):
                 notes.append("turned upright as its EXIF says")
             image.load()
-            picture = _from_samples(image, deep) if deep is not None else _from_image(image, notes)
+            if image.info.get("xmp"):
+                notes.append("XMP left out: it may tell of the old size and orientation")
+            picture = _from_samples(image, deep) if deep is not None else _from_image(image, notes, grey=grey)
     except DECODING_ERRORS as error:
         raise PictureError(f"{name}: {_reason(error)}; expected a whole picture file; fix: check or convert it") from error
     picture = replace(picture, exif=exif, notes=(*notes, *picture.notes))
@@ -121,7 +124,7 @@ def srgb_profile() -> bytes:
     return bytes(content)
 
 
-def _from_image(image: Image.Image, notes: list[str]) -> Picture:
+def _from_image(image: Image.Image, notes: list[str], *, grey: bool) -> Picture:
     """Take 8-bit pixels, and 16-bit grey, which Pillow can hold."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
@@ -129,7 +132,7 @@ def _from_image(image: Image.Image, notes: list[str]) -> Picture:
         return Picture(np.repeat(samples[..., None], 3, axis=2), grey=True, bits=16)
     if mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {mode}) have no defined white")
-    grey, has_alpha = mode in ("1", "L", "LA", "La"), image.has_transparency_data
+    has_alpha = image.has_transparency_data
     if mode == "P":
         notes.append("palette expanded to RGB")
     elif mode in ("CMYK", "YCCK"):
