@@ -20,7 +20,7 @@ from linearsr.upscaler import Upscaler
 SIDES = st.integers(1, 70)
 
 
-def make_bundle(folder):
+def make_bundle(folder, precision="float32"):
     """Random experts whose every part matters: a fresh network's output layer is zero."""
     backbone = BackboneConfig(width=32, num_blocks=2, head_width=16, num_cross_heads=2, caption_width=8, stem_width=8)
     config = ModelConfig(backbone=backbone, tags=TagsConfig(vocabulary=("cat",), max_tags=2), prior="lr")
@@ -41,6 +41,7 @@ def make_bundle(folder):
         sampler=SamplerConfig(num_steps=8),
         expert_weights=weights,
         lineage={},
+        precision=precision,
     )
 
 
@@ -130,7 +131,9 @@ def test_noise_does_not_depend_on_tiles(bundle, monkeypatch):
     assert torch.equal(seen[0], seen[2])
 
 
-def test_experts_in_turn_give_the_same_bits_and_every_switch_is_counted(bundle):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_experts_in_turn_give_the_same_bits_and_every_switch_is_counted(tmp_path, precision):
+    bundle = make_bundle(tmp_path, precision)
     pictures, counts = [], []
     for residency in ("all", "one"):
         watch = Stopwatch()
