@@ -34,7 +34,7 @@ $(STAMP):
 quickstart: install ## Train a small model on real photographs, release it, upsample a held-out one (about 10 minutes)
 	@$(BIN)/linearsr run pipelines/quickstart.yaml --profile pipelines/profiles/local.yaml
 	@$(BIN)/linearsr upscale "$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("skimage").submodule_search_locations[0])')/data/coffee.png" \
-	  runs/quickstart/coffee-x4.png --model models:/linearsr-quickstart@champion --storage runs
+	  runs/quickstart/coffee-x4.png --model models:/linearsr-quickstart@champion --storage runs --overwrite
 	@echo "Picture:  runs/quickstart/coffee-x4.png"
 	@echo "Report:   runs/quickstart/report.html"
 	@echo "MLflow:   $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
@@ -51,10 +51,11 @@ check: install ## Lint, formatting, types, import directions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-bench: install ## Benchmarks: what platform and guard cost a step, and the error rates of the knee detector (10 minutes)
+bench: install ## Benchmarks: what platform and guard cost a step, the knee detector's error rates, an enlargement's time (10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/step_overhead.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/guard_overhead.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/knee/bench.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/upscale.py
 
 clean: ## Remove caches and builds; keep .venv and runs
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -3,9 +3,7 @@
 Colour profiles are left as they are: pixels are taken for sRGB. Of an animation or a stack of pages the first one is taken.
 """
 
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -13,24 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from linearsr.pictures import DECODING_ERRORS
+
 Pixels = NDArray[np.uint8]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """File names that are taken for images, in lower case."""
 LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF")
 """Pillow's names of formats whose pixels are taken to be free of compression artefacts."""
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's decoders raise on files that are not what they claim to be."""
 
 
 class BadImageError(Exception):

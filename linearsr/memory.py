@@ -1,0 +1,183 @@
+"""What a forward needs in memory, and from it whether a picture is enlarged whole or in tiles.
+
+Linear attention keeps no N x N matrix, so every term is linear in the tokens N of the forward. Notation: C width, F hidden channels of
+Mix-FFN, c latent channels, S stem channels. `tests/unit/test_memory.py` holds the plan against what was measured.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from linearsr.bundle import Bundle
+from linearsr.config import ModelConfig
+from linearsr.residency import Residency, expert_parameters, network_dtype
+from linearsr.tiles import Tiling, cut, whole
+from linearsr.upscaler import token_grid
+
+LATENT_STATE = 7
+"""Latents held while the network runs, float32: noise, start, state, last estimate, prior mean, known part, blended estimate."""
+PICTURE_STATE = 8
+"""Pictures held after it, float32: decoded, its parts in the codec, source and the bands of a colour fix, the copy on the host."""
+MIN_SIDE = 16
+"""Smallest tile: with fewer tokens most of a tile is overlap."""
+USABLE = 0.8
+"""Share of the free memory that a plan may use: allocators fragment, and the plan is an estimate."""
+SYSTEM_MEMORY = Path("/proc/meminfo")
+CONTAINER_MEMORY = Path("/sys/fs/cgroup")
+
+
+class PictureTooLarge(ValueError):
+    """A picture does not fit even in tiles; the message has the arithmetic."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How one picture is enlarged, and what that takes."""
+
+    tiling: Tiling
+    residency: Residency
+    weight_bytes: int
+    """Weights on the device."""
+    network_bytes: int
+    """Latents and activations while the network runs, at its widest point."""
+    picture_bytes: int
+    """Pixels while the latent is decoded and its colours are fixed; the network is idle then."""
+    budget_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes held at once."""
+        return self.weight_bytes + max(self.network_bytes, self.picture_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the picture."""
+        return self.tiling.grid[0] * self.tiling.grid[1]
+
+    @property
+    def tile(self) -> int | None:
+        """Tokens along a tile's side as `Upscaler.upscale_tensor` takes it; None for the whole picture at once."""
+        return None if self.tiling.num_tiles == 1 else max(self.tiling.side)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryModel:
+    """Bytes that a network takes, by arithmetic on its configuration."""
+
+    config: ModelConfig
+    num_experts: int
+    expert_parameters: int
+    dtype_bytes: int
+    """Bytes of a number in the network."""
+    device_type: str = "cpu"
+    """On `cuda` the next expert is copied beside the running one."""
+
+    @classmethod
+    def of(cls, bundle: Bundle, device_type: str = "cpu") -> Self:
+        """Read a bundle's configuration and the header of one expert's file."""
+        return cls(
+            config=bundle.config,
+            num_experts=len(bundle.experts),
+            expert_parameters=expert_parameters(bundle),
+            dtype_bytes=network_dtype(bundle).itemsize,
+            device_type=device_type,
+        )
+
+    def weights(self, residency: Residency) -> int:
+        """Return the bytes of the weights on the device."""
+        slots = self.num_experts if residency == "all" else min(self.num_experts, 2 if self.device_type == "cuda" else 1)
+        return self.expert_parameters * self.dtype_bytes * slots
+
+    def activations_per_token(self) -> int:
+        """Return the bytes a token takes at the widest point of a block, with the network's input beside it.
+
+        Mix-FFN: stream and modulated input 2 C, its hidden map 2 F, the same after the depthwise convolution 2 F, the activated
+        gate F and the product F. Attention: stream and modulated input 2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C,
+        the quotient's two parts 2 C.
+        """
+        shape, size = self.config.backbone, self.dtype_bytes
+        feed_forward = (2 * shape.width + 6 * shape.ffn_width) * size
+        wide = max(size, 4)
+        copied = 3 if size < 4 else 2
+        attention = 5 * shape.width * size + (copied + 2) * shape.width * wide
+        inputs = (self.config.codec.latent_channels + 2 * shape.stem_width) * size
+        return max(feed_forward, attention) + inputs
+
+    def network(self, tiling: Tiling) -> int:
+        """Return the bytes of latents, which cover the picture, and of activations, which cover a tile."""
+        tokens, tile_tokens = tiling.grid[0] * tiling.grid[1], tiling.side[0] * tiling.side[1]
+        latents = LATENT_STATE * 4 * self.config.codec.latent_channels
+        return tokens * (latents + 4 * self.config.backbone.stem_width) + tile_tokens * self.activations_per_token()
+
+    def picture(self, grid: tuple[int, int]) -> int:
+        """Return the bytes of decoding and colour fix."""
+        return PICTURE_STATE * 4 * 3 * self.config.codec.factor**2 * grid[0] * grid[1]
+
+    def plan(
+        self, lr_size_px: tuple[int, int], budget_bytes: int, *, residency: Residency | None = None, tile: int | None = None
+    ) -> MemoryPlan:
+        """Choose whole or tiles, and which experts stay on the device.
+
+        The whole picture with all experts is best, then the whole picture with one expert at a time, then tiles, the largest first.
+
+        Args:
+            lr_size_px: (height, width) of the LR picture.
+            budget_bytes: memory that may be used.
+            residency: None chooses.
+            tile: side of a tile in tokens; None chooses.
+
+        Raises:
+            PictureTooLarge: if the smallest tiles do not fit.
+        """
+        grid = token_grid(*lr_size_px, self.config.lr_pixels_per_token)
+        wanted: tuple[Residency, ...] = ("all", "one") if residency is None else (residency,)
+        tilings = self._tilings(grid) if tile is None else [cut(grid, tile)]
+        plans = [self._plan(tiling, kind, budget_bytes) for tiling in tilings for kind in wanted]
+        fitting = next((plan for plan in plans if plan.peak_bytes <= budget_bytes), None)
+        if fitting is not None:
+            return fitting
+        least = min(plans, key=lambda plan: plan.peak_bytes)
+        if tile is not None and residency is not None:
+            return least
+        raise PictureTooLarge(
+            f"memory: got {budget_bytes / 1e9:.2f} GB; expected {least.peak_bytes / 1e9:.2f} GB for {grid[1]} x {grid[0]} tokens in tiles "
+            f"of {max(least.tiling.side)} (weights {least.weight_bytes / 1e9:.2f}, network {least.network_bytes / 1e9:.2f}, picture "
+            f"{least.picture_bytes / 1e9:.2f}); fix: a smaller picture, or --memory GB if more is there"
+        )
+
+    def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
+        """Return the side of the largest square output, in pixels, whose forward fits at once; 0 if none does."""
+        room = budget_bytes - self.weights(residency)
+        per_token = max(self.network(whole((1, 1))), self.picture((1, 1)))
+        return int(max(0, room / per_token) ** 0.5) * self.config.codec.factor
+
+    def _plan(self, tiling: Tiling, residency: Residency, budget_bytes: int) -> MemoryPlan:
+        return MemoryPlan(tiling, residency, self.weights(residency), self.network(tiling), self.picture(tiling.grid), budget_bytes)
+
+    @staticmethod
+    def _tilings(grid: tuple[int, int]) -> list[Tiling]:
+        """Return the cuts to try, the best first: whole, then sides that shrink by an eighth down to the smallest."""
+        found, side = [whole(grid)], max(grid)
+        while side > MIN_SIDE:
+            side = max(MIN_SIDE, side * 7 // 8)
+            found.append(cut(grid, side))
+        return found
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that can still be used on a device; on the CPU what system and container leave.
+
+    Raises:
+        OSError: if the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    fields = dict(line.split(":", 1) for line in SYSTEM_MEMORY.read_text(encoding="ascii").splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = CONTAINER_MEMORY / "memory.max", CONTAINER_MEMORY / "memory.current"
+    if limit.is_file() and limit.read_text(encoding="ascii").strip().isdigit():
+        # The page cache counts as used although it can be had back, so this errs on the safe side.
+        available = min(available, max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii"))))
+    return available

@@ -1,0 +1,249 @@
+"""Enlarge many pictures: one plan, one model, and a word on each."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from linearsr.bundle import Bundle
+from linearsr.codec_source import CodecError
+from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
+from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes
+from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
+from linearsr.pictures import Picture, PictureError, decode_picture, read_picture
+from linearsr.residency import Residency
+from linearsr.sizing import SizePlan
+from linearsr.text import TextEncoderError
+from linearsr.timing import Stopwatch
+from linearsr.upscaler import Upscaler
+from linearsr_platform import storage
+from linearsr_platform.cli.upscale_jobs import Job
+from linearsr_platform.data.picture_shards import Members, read_members, write_members
+from linearsr_platform.errors import StageError, UserError
+
+REFUSALS = (PictureError, PictureTooLarge, StageError)
+"""What is wrong with one picture or shard, and no reason to leave out the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where it runs and what may be used."""
+
+    device: torch.device
+    memory_bytes: int
+    residency: Residency | None = None
+    """None is chosen by the first picture."""
+    tile: int | None = None
+    """Tokens along a tile's side; None is chosen for each picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one picture."""
+
+    source: str
+    target: str
+    status: str
+    """`done`, `skipped`, `failed` or `planned`."""
+    notes: tuple[str, ...] = ()
+    sizes: SizePlan | None = None
+    memory: MemoryPlan | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Return it JSON-able."""
+        facts: dict[str, object] = {"source": self.source, "target": self.target, "status": self.status, "notes": list(self.notes)}
+        if self.sizes is not None:
+            facts |= {"width_px": self.sizes.output[0], "height_px": self.sizes.output[1]}
+        if self.memory is not None:
+            facts |= {"tokens": self.memory.num_tokens, "tiles": self.memory.tiling.num_tiles, "residency": self.memory.residency}
+            facts |= {"memory_bytes": self.memory.peak_bytes, "memory_limit_bytes": self.memory.budget_bytes}
+        return facts
+
+    def lines(self) -> Iterator[str]:
+        """Say it in lines of text."""
+        if self.sizes is not None and self.memory is not None and self.status == "planned":
+            yield f"{self.source}  {_size(self.sizes.given)} to {_size(self.sizes.output)}: {describe(self.memory)}"
+        elif self.sizes is not None:
+            yield f"{self.target}  {_size(self.sizes.output)}"
+        elif self.status == "skipped":
+            yield f"{self.target}  exists and is kept; --overwrite replaces it"
+        yield from (f"{self.source}: {note}" for note in self.notes)
+
+
+@dataclass
+class UpscaleRun:
+    """Enlarges files one after the other; the model is loaded when the first one needs it."""
+
+    bundle: Bundle
+    request: Enlargement
+    machine: Machine
+    stopwatch: Stopwatch
+    memory: MemoryModel = field(init=False)
+    _upscaler: Upscaler | None = None
+    _residency: Residency | None = None
+
+    def __post_init__(self) -> None:
+        """Read what the plan needs."""
+        self.memory = MemoryModel.of(self.bundle, self.machine.device.type)
+        self._residency = self.machine.residency
+
+    def plan(self, job: Job) -> list[Outcome]:
+        """Say what would be done with a file, picture by picture, without a network."""
+        if not job.is_shard:
+            return [self._planned(str(job.source), str(job.target), partial(read_picture, job.source))]
+        found = []
+        for key, members in read_members(str(job.source)):
+            for name in members:
+                if _is_picture(name):
+                    read = partial(decode_picture, members[name], f"{job.source}: {key}.{name}")
+                    found.append(self._planned(f"{job.source}: {key}.{name}", str(job.target), read))
+        return found
+
+    def enlarge(self, job: Job) -> list[Outcome]:
+        """Enlarge a file and write it whole or not at all; what is refused is an outcome too."""
+        if job.is_shard:
+            return self._enlarge_shard(job)
+        try:
+            with self.stopwatch.section("read"):
+                picture = read_picture(job.source)
+            content, outcome = self._enlarge_picture(picture, str(job.source), str(job.target), job.target.suffix)
+        except REFUSALS as error:
+            return [_failed(str(job.source), str(job.target), error)]
+        with self.stopwatch.section("write"):
+            storage.write_bytes(str(job.target), content)
+        return [outcome]
+
+    def _enlarge_shard(self, job: Job) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        try:
+            write_members(str(job.target), self._enlarged_samples(job, outcomes))
+        except StageError as error:
+            return [_failed(str(job.source), str(job.target), error)]
+        return outcomes
+
+    def _enlarged_samples(self, job: Job, outcomes: list[Outcome]) -> Iterator[tuple[str, Members]]:
+        """Yield each sample with its pictures enlarged; a sample with a picture that cannot be is left out."""
+        for key, members in read_members(str(job.source)):
+            made: dict[str, bytes] = {}
+            done: list[Outcome] = []
+            try:
+                for name, content in members.items():
+                    new_name, new_content = name, content
+                    if _is_picture(name):
+                        called = f"{job.source}: {key}.{name}"
+                        with self.stopwatch.section("read"):
+                            picture = decode_picture(content, called)
+                        suffix = output_suffix(f".{name}")
+                        new_name = suffix[1:]
+                        new_content, outcome = self._enlarge_picture(picture, called, f"{job.target}: {key}.{new_name}", suffix)
+                        done.append(outcome)
+                    made[new_name] = new_content
+            except REFUSALS as error:
+                outcomes.append(_failed(f"{job.source}: {key}", str(job.target), error))
+                continue
+            outcomes += done
+            if len(done) == 1 and done[0].sizes is not None:
+                made = _corrected(made, done[0].sizes)
+            yield key, made
+
+    def _enlarge_picture(self, picture: Picture, source: str, target: str, suffix: str) -> tuple[bytes, Outcome]:
+        sizes, plan = self._plans(picture)
+        check_size(sizes.output, suffix)
+        large = fit_format(enlarge(self._loaded(plan.residency), picture, self.request, tile=plan.tile), suffix)
+        with self.stopwatch.section("write"):
+            content = encode_picture(large, suffix)
+        tiled = () if plan.tile is None else (describe(plan),)
+        return content, Outcome(source, target, "done", (*large.notes, *tiled), sizes, plan)
+
+    def _planned(self, source: str, target: str, read: Callable[[], Picture]) -> Outcome:
+        try:
+            picture = read()
+            sizes, plan = self._plans(picture)
+        except REFUSALS as error:
+            return _failed(source, target, error)
+        return Outcome(source, target, "planned", (*picture.notes, *((sizes.note,) if sizes.note else ())), sizes, plan)
+
+    def _plans(self, picture: Picture) -> tuple[SizePlan, MemoryPlan]:
+        budget = self.machine.memory_bytes
+        return plan_enlargement(picture.size, self.request, self.memory, budget, residency=self._residency, tile=self.machine.tile)
+
+    def _loaded(self, residency: Residency) -> Upscaler:
+        if self._upscaler is None:
+            self._residency = residency
+            try:
+                with self.stopwatch.section("load"):
+                    made = Upscaler(self.bundle, device=self.machine.device, residency=residency, stopwatch=self.stopwatch)
+                with self.stopwatch.section("text"):
+                    made.reader.read(self.request.tags)
+            except (CodecError, TextEncoderError) as error:
+                # Not this picture's fault: no other would fare better.
+                raise UserError(str(error)) from error
+            self._upscaler = made
+        return self._upscaler
+
+
+def usable_memory(device: torch.device, memory_gb: float | None) -> int:
+    """Return the bytes a plan may use: what the user allows, else a share of what is free now."""
+    return int(free_bytes(device) * USABLE) if memory_gb is None else int(memory_gb * 1e9)
+
+
+def describe(plan: MemoryPlan) -> str:
+    """Say how a picture is run, in one line."""
+    grid = f"{plan.tiling.grid[1]} x {plan.tiling.grid[0]} tokens"
+    rows, columns = (len(starts) for starts in plan.tiling.starts)
+    tile = f"{columns} x {rows} tiles of {plan.tiling.side[1]} x {plan.tiling.side[0]}, overlap {plan.tiling.overlap}"
+    cut = "whole" if plan.tile is None else tile
+    experts = "all experts" if plan.residency == "all" else "one expert at a time"
+    memory = f"{plan.peak_bytes / 1e9:.2f} of {plan.budget_bytes / 1e9:.2f} GB (weights {plan.weight_bytes / 1e9:.2f})"
+    return f"{grid}, {cut}, {experts}, {memory}"
+
+
+def timing_table(stopwatch: Stopwatch) -> str:
+    """Return the split of the time as text: name, count, milliseconds, share; the rows add up to the last."""
+    sections, total_s = stopwatch.report()
+    rows = [f"{'part':<12}{'count':>7}{'ms':>12}{'ms each':>12}{'share':>8}"]
+    for one in sections:
+        each_ms = 1000 * one.seconds / max(one.count, 1)
+        rows.append(f"{one.name:<12}{one.count:>7}{1000 * one.seconds:>12.1f}{each_ms:>12.2f}{one.seconds / total_s:>8.1%}")
+    return "\n".join([*rows, f"{'total':<12}{'':>7}{1000 * total_s:>12.1f}"])
+
+
+def timings_as_json(stopwatch: Stopwatch) -> dict[str, object]:
+    """Return the split of the time JSON-able, in seconds."""
+    sections, total_s = stopwatch.report()
+    return {"parts": [{"name": one.name, "count": one.count, "seconds": one.seconds} for one in sections], "total_s": total_s}
+
+
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the reasons of everything that failed."""
+    return [note for outcome in outcomes if outcome.status == "failed" for note in outcome.notes]
+
+
+def _corrected(members: dict[str, bytes], sizes: SizePlan) -> dict[str, bytes]:
+    """Bring size and hash in a sample's own JSON up to date, where it has them."""
+    try:
+        facts = json.loads(members.get("json", b"null"))
+    except ValueError:
+        return members
+    if not isinstance(facts, dict):
+        return members
+    picture = next(content for name, content in members.items() if _is_picture(name))
+    new = {"width_px": sizes.output[0], "height_px": sizes.output[1], "sha256": hashlib.sha256(picture).hexdigest()}
+    changed = {**facts, **{name: value for name, value in new.items() if name in facts}}
+    return {**members, "json": json.dumps(changed, sort_keys=True).encode()}
+
+
+def _is_picture(name: str) -> bool:
+    return f".{name}" in INPUT_SUFFIXES
+
+
+def _failed(source: str, target: str, error: Exception) -> Outcome:
+    reason = str(error)
+    return Outcome(source, target, "failed", (reason if source in reason else f"{source}: {reason}",))
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,42 @@
+"""WebDataset shards as they come: every member of every sample, read and written with the same keys."""
+
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
+
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from linearsr_platform import storage
+from linearsr_platform.errors import StageError
+
+Members = Mapping[str, bytes]
+"""Content of a sample's files by what follows the key and its dot, in lower case: `png`, `json`, `seg.png`."""
+
+
+def read_members(url: str) -> Iterator[tuple[str, Members]]:
+    """Read the samples of a shard, local or remote: key and members, in their order.
+
+    Raises:
+        StageError: if the shard is missing, cut off or no tar; the message names it.
+    """
+    fs, path = storage.filesystem(url)
+    try:
+        with fs.open(path, "rb") as stream:
+            for raw in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                yield str(raw["__key__"]), {name: content for name, content in raw.items() if not name.startswith("__")}
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StageError(f"{url}: cannot be read: {reason}; expected a WebDataset tar; fix: write the shard again") from error
+
+
+def write_members(url: str, samples: Iterable[tuple[str, Members]]) -> int:
+    """Write a shard at once and return its samples; the same samples give the same file."""
+    count = 0
+    with storage.atomic_file(url) as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for name, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+            count += 1
+    return count
