@@ -221,7 +221,7 @@ def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, ma
     (folder / "encoder").unlink()
     assert np.array_equal(Upscaler(bundle).upscale(picture), without)
     picture.save(tmp_path / "in.png")
-    command = ["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "bundle")]
+    command = ["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "bundle"), "--overwrite"]
     assert CliRunner().invoke(app, command).exit_code == 0
     refused = CliRunner().invoke(app, [*command, "--tags", "cat"])
     assert refused.exit_code == 2

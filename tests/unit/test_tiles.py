@@ -144,7 +144,8 @@ def test_experts_in_turn_give_the_same_bits_and_every_switch_is_counted(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(*pictures, strict=True))
     assert counts[0] == counts[1]
     assert counts[0]["switch"] == 8  # Four experts a picture, each asked for once.
-    assert [counts[0][f"expert {index}"] for index in (1, 2, 3, 4)] == [2 * 4, 2 * 2, 2 * 13, 2 * 1]  # method.md 3.7, N = 20.
+    # One more for the second than in method.md 3.7: the uniform grid meets .875 exactly, and a boundary belongs to the noisier expert.
+    assert [counts[0][f"expert {index}"] for index in (1, 2, 3, 4)] == [2 * 4, 2 * 3, 2 * 12, 2 * 1]
 
 
 @pytest.mark.gpu

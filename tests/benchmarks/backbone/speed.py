@@ -188,7 +188,7 @@ def run_sampler(width: int, tokens: int, dtype: torch.dtype, repeats: int, block
             conditioning = ours.prepare(lr, text)
         return sample(lambda z, t: ours(z, t, conditioning))
 
-    note = check(run_ours(), run_theirs(), dtype)
+    note = check(run_ours() - noise, run_theirs() - noise, dtype)
     compare(f"sampler {blocks} x {width} N={tokens} {str(dtype)[6:]}", run_theirs, run_ours, repeats, note)
 
 
