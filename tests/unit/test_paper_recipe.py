@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from linearsr.backbone import Backbone
-from linearsr.config import BACKBONES, PAPER_BOUNDARIES, BackboneConfig, DegradationConfig, FlowConfig, ModelConfig, TagsConfig
+from linearsr.conditioning import TextEmbedding
+from linearsr.config import (
+    BACKBONES,
+    PAPER_BOUNDARIES,
+    BackboneConfig,
+    DegradationConfig,
+    FlowConfig,
+    ModelConfig,
+    TagsConfig,
+)
 from linearsr.experts import steps_per_expert
 from linearsr.schedule import sampling_times
 from linearsr_platform.recipe.load import load_recipe
@@ -63,18 +72,21 @@ def test_the_papers_network_builds_without_memory_and_runs_a_crop(recipe: Recipe
         codec=section.codec,
         backbone=section.resolved_backbone,
         flow=section.flow,
-        tags=TagsConfig(vocabulary=("cat", "sky"), max_tags=section.max_tags, dropout=section.tag_dropout),
+        tags=TagsConfig(encoder="text", dropout=section.tag_dropout, from_lr=section.tags_from_lr),
         prior=section.prior,
     )
-    network = on_meta(config.backbone, channels=config.codec.latent_channels, pixels_per_token=config.lr_pixels_per_token, tags=2)
-    without_ours = count(network, "stem.", "tags.table.")
+    channels, pixels = config.codec.latent_channels, config.lr_pixels_per_token
+    with torch.device("meta"):
+        network = Backbone(config.backbone, latent_channels=channels, lr_pixels_per_token=pixels, caption_encoder=config.tags.encoder)
+    without_ours = count(network, "stem.")
     assert round(without_ours / 1e6, 2) == 1604.53  # method.md 2.1, "params with 64-ch input"
-    assert count(network) == without_ours + STEM + 3 * 2304
+    assert count(network) == without_ours + STEM
     side = recipe.pretrain.crop_px // config.codec.factor
     lr = torch.empty(1, 3, recipe.pretrain.crop_px // config.scale, recipe.pretrain.crop_px // config.scale, device="meta")
     z = torch.empty(1, 32, side, side, device="meta")
-    tags = torch.zeros(1, config.tags.max_tags, dtype=torch.long, device="meta")
-    assert network(z, torch.empty(1, device="meta"), network.prepare(lr, tags)).shape == (1, 32, 32, 32)
+    assert section.text is not None
+    text = TextEmbedding(*(torch.empty(1, section.text.max_tokens, *shape, device="meta") for shape in ((2304,), ())))
+    assert network(z, torch.empty(1, device="meta"), network.prepare(lr, text)).shape == (1, 32, 32, 32)
 
 
 def test_it_says_what_the_paper_says(recipe: Recipe) -> None:

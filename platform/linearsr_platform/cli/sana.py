@@ -35,10 +35,8 @@ def import_sana(
     shape = model.shape
     parameters = sum(value.numel() for value in model.weights.values())
     typer.echo(f"{target}: {shape.num_blocks} blocks, {shape.width} wide, {parameters / 1e6:.2f}M parameters with the LR stem")
-    typer.echo(f"  {NETWORK_WEIGHTS}  weights, as the start of a training whose network has the shape below")
-    typer.echo(
-        f"  {NETWORK_JSON}  the shape: `backbone` goes into a recipe's model.backbone; captions are text embeddings (tags.encoder: text)"
-    )
+    typer.echo(f"  {NETWORK_WEIGHTS}  weights: `--set model.init_weights={target / NETWORK_WEIGHTS}` starts pre-training from them")
+    typer.echo(f"  {NETWORK_JSON}  the shape: `backbone` goes into a recipe's model.backbone; it reads prompts, so it needs model.text")
 
 
 def export(

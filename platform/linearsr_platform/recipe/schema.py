@@ -97,6 +97,9 @@ class ModelSection(Section):
     """A text encoder that reads the tags as a prompt, once, when data is prepared; unset learns an embedding of each tag. The backbone's
     `caption_width` must be the encoder's width."""
 
+    init_weights: str | None = None
+    """Safetensors that pre-training starts from, such as `linearsr import-sana` writes; unset starts from random weights."""
+
     @property
     def resolved_backbone(self) -> BackboneConfig:
         """The backbone, whichever way it was given."""

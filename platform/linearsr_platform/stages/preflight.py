@@ -11,13 +11,14 @@ from linearsr_platform.tracking.store import check_reachable
 
 
 def check_before_start(recipe: Recipe) -> None:
-    """Refuse a run whose storage cannot be written, whose MLflow does not answer, or whose codec or metrics lack their weights.
+    """Refuse a run whose storage cannot be written, whose MLflow does not answer, or whose codec, metrics or network lack weights.
 
     Raises:
         UserError: saying which, and what to do.
         CodecError: the same of the codec.
     """
     check_codec(recipe.model.codec)
+    check_first_weights(recipe.model.init_weights)
     check_writable(recipe.storage)
     if recipe.tracking.uri is not None:
         check_reachable(recipe.tracking.uri)
@@ -26,6 +27,12 @@ def check_before_start(recipe: Recipe) -> None:
             Meter(names, protocol, recipe.validation.weights)
         except MetricError as error:
             raise UserError(str(error)) from error
+
+
+def check_first_weights(url: str | None) -> None:
+    """Refuse weights to start from that are not there."""
+    if url is not None and not storage.exists(url):
+        raise UserError(f"model.init_weights: got {url!r}; expected a safetensors file; fix: write one with `linearsr import-sana`")
 
 
 def check_writable(url: str) -> None:

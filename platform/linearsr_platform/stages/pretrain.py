@@ -1,5 +1,7 @@
 """Stage `pretrain`: measure the latents, then train one network over all noise levels until its knee."""
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -8,6 +10,7 @@ from linearsr.config import LatentStatistics
 from linearsr.degradation import augment, degrade
 from linearsr.statistics import measure_statistics
 from linearsr.task import to_pixels
+from linearsr_platform import storage
 from linearsr_platform.data.manifest import verify_shards
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.stages.context import RunContext, StageOutput
@@ -22,20 +25,37 @@ NAME = "pretrain"
 
 
 def settings(context: RunContext) -> object:
-    """Return every section that the trained network depends on, and the hash of the codec: other weights train other networks."""
+    """Return every section that the trained network depends on, and the hashes of codec and first weights, which have no place in them."""
     recipe = context.recipe
     sections = ("degradation", "augmentation", "model", "validation", "pretrain")
     dump = recipe.model_dump(mode="json")
-    return {"seed": recipe.seed, "codec": codec_digest(codec_of(context)), **{name: dump[name] for name in sections}}
+    hashes = {"codec": codec_digest(codec_of(context)), "init_weights": _content_hash(recipe.model.init_weights)}
+    return {"seed": recipe.seed, **hashes, **{name: dump[name] for name in sections}}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Train; the result names the knee's weights and the statistics that normalise latents."""
     verify_shards(manifest_of(context), context.results["prepare"].url)
     statistics = measure(context)
-    job = make_job(context, name=NAME, url=url, train=context.recipe.pretrain, interval=(0.0, 1.0), statistics=statistics)
+    first = context.recipe.model.init_weights
+    job = make_job(
+        context,
+        name=NAME,
+        url=url,
+        train=context.recipe.pretrain,
+        interval=(0.0, 1.0),
+        statistics=statistics,
+        init_weights=None if first is None else storage.absolute(first),
+    )
     outcomes = run_jobs(context, [job], url, tracked)
     return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "statistics": statistics_data(statistics)})
+
+
+def _content_hash(url: str | None) -> str | None:
+    if url is None:
+        return None
+    with storage.local_path(url) as path, path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def measure(context: RunContext) -> LatentStatistics:
