@@ -90,3 +90,11 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, sana: Path) -> None:
         assert code == 2, output
         assert message in output
         assert not (tmp_path / "x").exists()
+
+
+def test_a_recipe_is_refused_before_it_starts_when_the_weights_to_start_from_are_not_there(tmp_path: Path) -> None:
+    smoke = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
+    code, output = run("run", smoke, "--set", f"storage={tmp_path}", "--set", f"model.init_weights={tmp_path}/network.safetensors")
+    assert code == 2
+    assert "expected a safetensors file; fix: write one with `linearsr import-sana`" in " ".join(output.split())
+    assert not (tmp_path / "smoke").exists()
