@@ -133,8 +133,10 @@ def _trained(jobs) -> bytes:
 def test_a_search_that_no_machine_has_room_for_is_refused_before_anything_is_prepared(cluster, tmp_path: Path) -> None:
     from tiny_search import tiny_search
 
+    # A recipe of eight CPUs, which the running cluster has not: what a recipe alone gives away is refused when it is read.
+    changed = {"cluster.num_cpus": 8, "cluster.cpus_per_worker": 3}
     told = "got no room for a trial, which takes 3 CPUs on one machine and 0.8 GB, on a cluster whose machines have 2 CPUs"
-    with pytest.raises(UserError, match=told), tiny_search(tmp_path, {"cluster.cpus_per_worker": 3}) as context:
+    with pytest.raises(UserError, match=told), tiny_search(tmp_path, changed) as context:
         run_search(context, redo_from=None, records=[])
     assert list((tmp_path / "runs").glob("tiny/*-*")) == []
 
