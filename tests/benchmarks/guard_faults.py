@@ -31,7 +31,8 @@ from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.data.shards import Sample, write_shard
-from linearsr_platform.recipe.schema import DataConfig, KneeConfig, SourceConfig, TrainConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.recipe.data_schema import DataConfig, SourceConfig
+from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.loop import run_training

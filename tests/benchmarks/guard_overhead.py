@@ -27,7 +27,7 @@ from step_overhead import Batch, Silent, quickstart_task
 from linearsr.guard import GuardConfig
 from linearsr.knee import KneeDetector
 from linearsr.metric_table import metric_spec
-from linearsr_platform.recipe.schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.loop import run_training

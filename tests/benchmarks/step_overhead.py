@@ -24,7 +24,7 @@ import deepspeed
 
 from linearsr.config import BACKBONES, AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
 from linearsr.task import SuperResolutionTask, TaskConfig
-from linearsr_platform.recipe.schema import TrainConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.deepspeed_config import deepspeed_config
 from linearsr_platform.train.engine import DeepSpeedEngine, StepModule
 from linearsr_platform.train.job import TrainJob

@@ -92,7 +92,7 @@ class Recorder:
 def train(folder: Path, name: str, rank: int, world: int, *, stage: int, noise: float, resume=None, poison=None) -> dict[str, object]:
     from linearsr.guard import GuardConfig
     from linearsr_platform import storage
-    from linearsr_platform.recipe.schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
+    from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
     from linearsr_platform.train.engine import DeepSpeedEngine
     from linearsr_platform.train.job import TrainJob
     from linearsr_platform.train.loop import run_training

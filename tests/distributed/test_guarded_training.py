@@ -141,7 +141,7 @@ FAULTS = {"quiet": Quiet, "once": NanOnce, "batch": NanOfOneBatch, "forever": Na
 
 
 def train(folder: Path, name: str, rank: int, *, stage: int, precision: str = "float32") -> dict[str, object]:
-    from linearsr_platform.recipe.schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
+    from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
     from linearsr_platform.train.engine import DeepSpeedEngine
     from linearsr_platform.train.job import TrainJob
     from linearsr_platform.train.loop import run_training

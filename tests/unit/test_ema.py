@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from linearsr_platform.recipe.schema import TrainConfig, ZeroConfig
+from linearsr_platform.recipe.train_schema import TrainConfig, ZeroConfig
 from linearsr_platform.train.ema import ExponentialAverage
 from linearsr_platform.train.engine import DeepSpeedEngine
 

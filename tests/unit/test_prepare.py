@@ -16,7 +16,7 @@ from linearsr_platform.data.manifest import Manifest, load_manifest, verify_shar
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.errors import StageError, UserError
-from linearsr_platform.recipe.schema import DataConfig
+from linearsr_platform.recipe.data_schema import DataConfig
 
 
 def photo(seed: int, width: int = 96, height: int = 64) -> Image.Image:

@@ -17,7 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from linearsr.guard import GuardConfig, Trip
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
-from linearsr_platform.recipe.schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.deepspeed_config import deepspeed_config
 from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob

@@ -18,7 +18,7 @@ from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.experts import POLL_S
 from linearsr_platform.cluster.worker import crop_reader
-from linearsr_platform.recipe.schema import ProfileSection
+from linearsr_platform.recipe.search_schema import ProfileSection
 from linearsr_platform.train.job import TrainJob
 
 

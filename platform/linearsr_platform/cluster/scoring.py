@@ -17,7 +17,8 @@ from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.worker import validation_batches
-from linearsr_platform.recipe.schema import ScoreSection, ValidationConfig
+from linearsr_platform.recipe.search_schema import ScoreSection
+from linearsr_platform.recipe.train_schema import ValidationConfig
 
 PROTOCOL = "quickstart"
 """Metric protocol of scores, that of validation during training."""

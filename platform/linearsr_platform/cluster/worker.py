@@ -17,7 +17,7 @@ from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.data.reader import CropReader, caption_of, read_images
-from linearsr_platform.recipe.schema import ValidationConfig
+from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, BatchSource, Task
 

@@ -11,7 +11,7 @@ from linearsr_platform.data.images import BadImageError, Decoded, decode_image, 
 from linearsr_platform.data.manifest import Quarantined
 from linearsr_platform.data.sources import Candidate
 from linearsr_platform.errors import StageError, UserError
-from linearsr_platform.recipe.schema import DataConfig
+from linearsr_platform.recipe.data_schema import DataConfig
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""

@@ -18,8 +18,8 @@ from linearsr_platform.data.plan import Cut, Photo, inspect, load_photo, pixels_
 from linearsr_platform.data.shards import Sample, write_shard
 from linearsr_platform.data.sources import find_candidates
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.identity import stable_hash
-from linearsr_platform.recipe.schema import DataConfig
 
 OnProgress = Callable[[int, int, str], None]
 """Called with what is done, the total, and a few words on what comes next."""

@@ -10,7 +10,7 @@ from linearsr_platform import storage
 from linearsr_platform.data.images import SUFFIXES
 from linearsr_platform.data.labels import Label, read_side_file, read_table
 from linearsr_platform.errors import UserError
-from linearsr_platform.recipe.schema import DataConfig, SourceConfig
+from linearsr_platform.recipe.data_schema import DataConfig, SourceConfig
 
 PACKAGE_SCHEME = "package://"
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "cv2": "opencv-python", "PIL": "pillow"}

@@ -9,7 +9,8 @@ from math import ceil
 
 from linearsr.experts import EFFECTIVE_LOG_SNR, noise_level
 from linearsr.metric_table import METRICS
-from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe, TrainConfig
+from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe
+from linearsr_platform.recipe.train_schema import TrainConfig
 
 ROUNDING = 1e-9
 """Slack of comparisons between sums of decimal fractions."""

@@ -15,7 +15,8 @@ from linearsr_platform.recipe.describe import describe, inside, keys_of
 from linearsr_platform.recipe.document import KeyPath, dotted
 from linearsr_platform.recipe.merge import Merged
 from linearsr_platform.recipe.rules import all_rules
-from linearsr_platform.recipe.schema import Recipe, Section
+from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.recipe.section import Section
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _CONFIG_MESSAGE = re.compile(r"^(?:\w+\.)*(?P<key>\w+): got .*; expected (?P<rule>.*)$", re.DOTALL)

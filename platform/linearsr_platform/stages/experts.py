@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from linearsr.experts import training_interval
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, describe, knee_weights, make_job, run_jobs, statistics_of
 from linearsr_platform.tracking.runs import TrackedRun

@@ -19,7 +19,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.errors import StageError, UserError
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.knee_plot import plot_knee
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.prepare import manifest_of, shards_of

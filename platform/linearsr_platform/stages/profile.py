@@ -7,7 +7,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.profiling import ProfilePlan, profile_on_cluster
 from linearsr_platform.errors import UserError
-from linearsr_platform.recipe.schema import SearchSection
+from linearsr_platform.recipe.search_schema import SearchSection
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of
 from linearsr_platform.tracking.runs import TrackedRun

@@ -17,7 +17,7 @@ from linearsr_platform.cluster.sweep import run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
 from linearsr_platform.errors import StageError
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.search_model import TrialRow, ranked
 from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
 from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of

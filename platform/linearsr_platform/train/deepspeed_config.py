@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 
 MAX_BUCKET = 500_000_000
 """DeepSpeed's own bucket for gradients, in elements."""

@@ -15,7 +15,7 @@ from linearsr.attention import LinearAttention
 from linearsr.probes import AttentionProbe
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.train import sharding
 from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_config
 from linearsr_platform.train.examination import Journal

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from linearsr_platform.recipe.schema import TrainConfig, ValidationConfig
+from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
     from linearsr_platform.train.protocols import Task

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from linearsr.guard import AttentionReading, Fault, Guard, StepReading, Trip, lr_scale, number_in_series
 from linearsr_platform.errors import StageError
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.train.checkpoint import LoopState
 from linearsr_platform.train.diagnosis import Finding, Sightings, bad_weights, first_not_finite, first_standing_out, grown_weights
 from linearsr_platform.train.ema import ExponentialAverage

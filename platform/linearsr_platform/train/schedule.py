@@ -2,7 +2,7 @@
 
 from math import cos, pi
 
-from linearsr_platform.recipe.schema import TrainConfig
+from linearsr_platform.recipe.train_schema import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -25,8 +25,10 @@ from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
 from linearsr_platform.data.manifest import load_manifest
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
+from linearsr_platform.recipe.data_schema import DataConfig, SourceConfig
 from linearsr_platform.recipe.load import load_recipe
-from linearsr_platform.recipe.schema import DataConfig, Recipe, SourceConfig, TrainConfig, ValidationConfig
+from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
 from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.loop import OUTCOME_FILE, SNAPSHOT_FOLDER, run_training

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from linearsr_platform.cluster.session import cluster_session
 from linearsr_platform.data.shards import Sample, write_shard
-from linearsr_platform.recipe.schema import ClusterConfig, KneeConfig, TrainConfig, ValidationConfig
+from linearsr_platform.recipe.schema import ClusterConfig
+from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig
 from linearsr_platform.train.job import TrainJob
 
 CPUS = 2

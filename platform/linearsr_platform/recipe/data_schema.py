@@ -1,0 +1,35 @@
+"""Settings of the data: which photographs, and how they become shards. Imports no torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from linearsr_platform.recipe.section import Count, CountOrZero, Section
+
+
+class SourceConfig(Section):
+    """Where photographs come from."""
+
+    url: str
+    """Folder, glob or fsspec URL; `package://NAME/SUBFOLDER` is a folder inside an installed Python package."""
+    table: str | None = None
+    """CSV beside the recipe: `file,split,quality,tags,licence,source`. With it, only the files it names are taken."""
+    halve_jpeg: bool = True
+    """Halve JPEG sources by Lanczos so that their 8 px blocks do not teach the network JPEG."""
+    limit: Count | None = None
+    """Take at most this many images, in order of name."""
+
+
+class DataConfig(Section):
+    """What `prepare` turns into shards."""
+
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    """Sources by name; plain text is short for `{url: TEXT}`, so that `--set data.sources.NAME=URL` adds one."""
+    held_out: tuple[str, ...] = ()
+    """File stems that are never trained on, beside those a table marks `held-out`."""
+    validation_px: CountOrZero = 128
+    """Width of the strip cut off each training photograph for validation crops, HR pixels; 0 cuts none."""
+    min_side_px: Count = 64
+    """Images with a shorter side are quarantined."""
+    samples_per_shard: Count = 1000
+    """Images a `.tar` shard."""
