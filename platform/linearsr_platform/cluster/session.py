@@ -31,6 +31,8 @@ ALWAYS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # A worker that asked for no GPU does not see any; Ray by itself lets it see all.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # Threads of a worker that wait for each other sleep instead of spinning in other workers' time.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # DeepSpeed refuses to start without it; Ray Train sets it anew in its workers, a lone process of another kind has nobody who does.
     "LOCAL_RANK": "0",
     # Tune by itself prints what it is about to do and every error, writes results into three kinds of log, and swallows Ctrl-C.
