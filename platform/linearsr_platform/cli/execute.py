@@ -100,15 +100,20 @@ def open_context(
     """Connect tracking and prepare, without starting it, the cluster; `run_id` is a pipeline's run to go on with."""
     from linearsr_platform.cluster.session import cluster_session
     from linearsr_platform.stages.context import RunContext
+    from linearsr_platform.tracking.journal import outbox_folder
     from linearsr_platform.tracking.runs import Tracker
     from linearsr_platform.tracking.store import default_artifact_root, default_uri
 
     recipe = loaded.recipe
     root = storage.absolute(recipe.storage)
-    tracker = Tracker(
-        recipe.tracking.uri or default_uri(root),
-        recipe.tracking.experiment or recipe.name,
-        artifact_root=default_artifact_root(root),
+    tracker = closing.enter_context(
+        Tracker(
+            recipe.tracking.uri or default_uri(root),
+            recipe.tracking.experiment or recipe.name,
+            artifact_root=default_artifact_root(root),
+            journals=outbox_folder(root, recipe.name),
+            tell=display.message,
+        )
     )
     if run_id is None:
         identity = {"recipe_hash": loaded.hash, "recipe_identity": recipe_identity(loaded.resolved, kind), "run_kind": kind}
