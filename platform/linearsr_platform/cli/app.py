@@ -18,6 +18,7 @@ try:
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
     from linearsr_platform.cli.tag import tag
+    from linearsr_platform.cli.tracking import flush
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
     exit_naming_extra(error)
@@ -43,8 +44,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Every verb; each has a `verbose` option that the error boundary reads."""
 
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "tracking": ("Look after what MLflow is told.", {"flush": flush}),
+}
+"""Verbs that have verbs: what they are about, and those."""
+
 for _name, _command in COMMANDS.items():
     app.command(_name)(reports_errors(_command))
+for _name, (_about, _commands) in GROUPS.items():
+    _group = typer.Typer(help=_about, no_args_is_help=True)
+    for _verb, _command in _commands.items():
+        _group.command(_verb)(reports_errors(_command))
+    app.add_typer(_group, name=_name)
 
 
 def main() -> None:

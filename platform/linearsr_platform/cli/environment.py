@@ -11,15 +11,18 @@ PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "RAY_USAGE_S
 """Nothing is reported to anyone."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for each other sleep. By themselves they spin, and two of them beside other work took 33 to 50 s for 1.4 s of work."""
+REPEATED_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+"""The outbox repeats what a server did not answer. A repetition below it would hide for minutes that the server is away, and could
+start a run twice."""
 QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 def quiet_libraries(*, verbose: bool) -> None:
-    """Switch off telemetry, spinning threads and, unless `verbose`, the chatter of MLflow, DeepSpeed and friends.
+    """Switch off telemetry, spinning threads, MLflow's own repetitions and, unless `verbose`, the chatter of MLflow, DeepSpeed and friends.
 
     Must run before these libraries are imported: they read the environment once.
     """
-    for name, value in {**PRIVATE, **PATIENT, **({} if verbose else QUIET)}.items():
+    for name, value in {**PRIVATE, **PATIENT, **REPEATED_ONCE, **({} if verbose else QUIET)}.items():
         os.environ.setdefault(name, value)
     if verbose:
         return

@@ -3,6 +3,7 @@
 import getpass
 from contextlib import ExitStack
 from datetime import datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +12,9 @@ from linearsr_platform import storage
 from linearsr_platform.cli.boundary import warn_of
 from linearsr_platform.cli.environment import quiet_libraries
 from linearsr_platform.cli.progress import RunDisplay, make_display
+from linearsr_platform.recipe.identity import RunKind, recipe_identity
 from linearsr_platform.recipe.load import LoadedRecipe
+from linearsr_platform.recipe.recorded import record_recipe, require_same_recipe
 from linearsr_platform.report.model import StageRecord
 
 if TYPE_CHECKING:
@@ -22,8 +25,9 @@ SEARCH_RUN = "search-run.json"
 """File in a search's folder that names its MLflow run, and whether it has come to its end."""
 
 
-def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
-    """Run all stages, then write the report, also when a stage failed."""
+def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
+    """Run all stages, then write the report, also when a stage failed; `update` lets the recipe differ from the run's before."""
+    _check_identity(loaded, "run", update=update)
     quiet_libraries(verbose=verbose)
     from linearsr_platform.stages.pipeline import run_pipeline
     from linearsr_platform.stages.preflight import check_before_start
@@ -36,7 +40,7 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> No
     with ExitStack() as closing, make_display() as display:
         context = open_context(loaded, display, closing, verbose=verbose)
         with context.pipeline_run:
-            storage.write_json(storage.join(context.run_url, "recipe.json"), {"hash": loaded.hash, **loaded.resolved})
+            record_recipe(context.run_url, loaded, "run", version("linearsr"))
             try:
                 run_pipeline(context, redo_from=redo_from, records=records)
             finally:
@@ -45,8 +49,9 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> No
     _say_where_to_look(context)
 
 
-def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
+def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
     """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
+    _check_identity(loaded, "search", update=update)
     quiet_libraries(verbose=verbose)
     from linearsr_platform.cli.search_table import print_search
     from linearsr_platform.stages.preflight import check_before_start
@@ -56,20 +61,25 @@ def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool
     check_before_start(loaded.recipe)
     with ExitStack() as closing, make_display() as display:
         record = storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name, SEARCH_RUN)
-        context = open_context(loaded, display, closing, verbose=verbose, run_id=_interrupted_run(record))
+        context = open_context(loaded, display, closing, verbose=verbose, run_id=_interrupted_run(record), kind="search")
         storage.write_json(record, {"run_id": context.pipeline_run.run_id, "finished": False})
         with context.pipeline_run:
-            storage.write_json(storage.join(context.run_url, "recipe.json"), {"hash": loaded.hash, **loaded.resolved})
+            record_recipe(context.run_url, loaded, "search", version("linearsr"))
             run_search(context, redo_from=redo_from, records=[])
             report = write(context, started=started, seconds=(datetime.now().astimezone() - started).total_seconds())
         storage.write_json(record, {"run_id": context.pipeline_run.run_id, "finished": True})
     print_search(report)
     for label, value in (
         ("report", storage.join(context.run_url, "search.html")),
-        ("use it", f"linearsr run RECIPE --set experts.boundaries=from:{loaded.recipe.name}"),
+        ("use it", f"linearsr run RECIPE --set experts.boundaries=from:{loaded.recipe.name} --update"),
         ("MLflow", f"mlflow ui --backend-store-uri {context.tracker.uri}"),
     ):
         typer.echo(f"{label:<9} {value}")
+
+
+def _check_identity(loaded: LoadedRecipe, kind: RunKind, *, update: bool) -> None:
+    if not update:
+        require_same_recipe(storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name), loaded, kind)
 
 
 def _interrupted_run(record: str) -> str | None:
@@ -79,23 +89,36 @@ def _interrupted_run(record: str) -> str | None:
 
 
 def open_context(
-    loaded: LoadedRecipe, display: RunDisplay, closing: ExitStack, *, verbose: bool, run_id: str | None = None
+    loaded: LoadedRecipe,
+    display: RunDisplay,
+    closing: ExitStack,
+    *,
+    verbose: bool,
+    run_id: str | None = None,
+    kind: RunKind = "run",
 ) -> "RunContext":
     """Connect tracking and prepare, without starting it, the cluster; `run_id` is a pipeline's run to go on with."""
     from linearsr_platform.cluster.session import cluster_session
     from linearsr_platform.stages.context import RunContext
+    from linearsr_platform.tracking.journal import outbox_folder
     from linearsr_platform.tracking.runs import Tracker
     from linearsr_platform.tracking.store import default_artifact_root, default_uri
 
     recipe = loaded.recipe
     root = storage.absolute(recipe.storage)
-    tracker = Tracker(
-        recipe.tracking.uri or default_uri(root),
-        recipe.tracking.experiment or recipe.name,
-        artifact_root=default_artifact_root(root),
+    tracker = closing.enter_context(
+        Tracker(
+            recipe.tracking.uri or default_uri(root),
+            recipe.tracking.experiment or recipe.name,
+            artifact_root=default_artifact_root(root),
+            journals=outbox_folder(root, recipe.name),
+            tell=display.message,
+        )
     )
     if run_id is None:
-        pipeline_run = tracker.start_pipeline(recipe.name, tags={"recipe_hash": loaded.hash}, params=loaded.resolved)
+        identity = {"recipe_hash": loaded.hash, "recipe_identity": recipe_identity(loaded.resolved, kind), "run_kind": kind}
+        tags = {**identity, "code_version": version("linearsr"), "folder": storage.join(root, recipe.name)}
+        pipeline_run = tracker.start_pipeline(recipe.name, tags=tags, params=loaded.resolved)
     else:
         pipeline_run = tracker.resume(run_id)
     pipeline_run.log_dict(loaded.resolved, "recipe.json")

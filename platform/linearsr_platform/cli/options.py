@@ -18,6 +18,13 @@ Overrides = Annotated[
         help="Set one key, as in pretrain.lr=1e-4; may be repeated, wins over the profile. A mapping {...} replaces the whole section.",
     ),
 ]
+Update = Annotated[
+    bool,
+    typer.Option(
+        "--update",
+        help="Go on under the name of an earlier run although settings changed: what a change concerns runs again, the rest stays.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and the logs of libraries.")]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose, known_stage
+from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Update, Verbose, known_stage
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import SEARCH_STAGE_NAMES
 
@@ -16,6 +16,7 @@ def search(
     redo_from: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help=f"Do this stage and all after it again: {', '.join(SEARCH_STAGE_NAMES)}.")
     ] = None,
+    update: Update = False,
     verbose: Verbose = False,
 ) -> None:
     """Search the expert boundaries of a recipe with a `search` section. Finished trials are kept; a killed search goes on."""
@@ -27,4 +28,4 @@ def search(
     from_stage = known_stage(redo_from, SEARCH_STAGE_NAMES)
     from linearsr_platform.cli.execute import execute_search
 
-    execute_search(loaded, redo_from=from_stage, verbose=verbose)
+    execute_search(loaded, redo_from=from_stage, update=update, verbose=verbose)

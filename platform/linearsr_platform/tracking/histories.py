@@ -5,8 +5,9 @@ from math import nan
 from typing import TYPE_CHECKING
 
 from linearsr_platform.errors import UserError
+from linearsr_platform.tracking.failures import first_line
 from linearsr_platform.tracking.runs import PARENT_TAG
-from linearsr_platform.tracking.store import first_line, mlflow_errors
+from linearsr_platform.tracking.store import mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.tracking.failures import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,6 +49,15 @@ def default_artifact_root(storage_root: str) -> str:
     return Path(root).as_uri() if storage.is_local(root) else root
 
 
+def answers(uri: str, *, timeout_s: float = 2.0) -> bool:
+    """Tell whether a tracking URI answers now; see `check_reachable`."""
+    try:
+        check_reachable(uri, timeout_s=timeout_s)
+    except UserError:
+        return False
+    return True
+
+
 def check_reachable(uri: str, *, timeout_s: float = 3.0) -> None:
     """Return if a tracking URI answers; imports no MLflow, so it is cheap enough to run before anything else.
 
@@ -73,7 +83,7 @@ def check_reachable(uri: str, *, timeout_s: float = 3.0) -> None:
             socket.create_connection((address.hostname or "localhost", address.port or DATABASE_PORTS[scheme]), timeout_s).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
-            f"tracking.uri: got {_without_password(uri)!r}; expected an MLflow that answers: {error}; fix: {HOW_TO_START}"
+            f"tracking.uri: got {without_password(uri)!r}; expected an MLflow that answers: {error}; fix: {HOW_TO_START}"
         ) from error
 
 
@@ -93,8 +103,14 @@ def connect(uri: str) -> "MlflowClient":
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        raise UserError(f"tracking.uri: got {_without_password(uri)!r}; expected an MLflow store: {first_line(error)}") from error
+        raise UserError(f"tracking.uri: got {without_password(uri)!r}; expected an MLflow store: {first_line(error)}") from error
     return client
+
+
+def without_password(uri: str) -> str:
+    """Return a URI that is safe to print."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
 
 
 @contextmanager
@@ -110,11 +126,6 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise StageError(f"tracking: {doing} failed: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -144,9 +155,3 @@ def _ask_health(uri: str, timeout_s: float) -> None:
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise
-
-
-def _without_password(uri: str) -> str:
-    """Return a URI that is safe to print."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
