@@ -25,11 +25,13 @@ SEARCH_RUN = "search-run.json"
 def execute(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool) -> None:
     """Run all stages, then write the report, also when a stage failed."""
     quiet_libraries(verbose=verbose)
+    from linearsr_platform.cluster.session import bring_secrets
     from linearsr_platform.stages.pipeline import run_pipeline
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.report import write as write_run_report
 
     started = datetime.now().astimezone()
+    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     warn_of(loaded.recipe)
     records: list[StageRecord] = []
@@ -49,10 +51,12 @@ def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, verbose: bool
     """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
     quiet_libraries(verbose=verbose)
     from linearsr_platform.cli.search_table import print_search
+    from linearsr_platform.cluster.session import bring_secrets
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.search import run_search, write
 
     started = datetime.now().astimezone()
+    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     with ExitStack() as closing, make_display() as display:
         record = storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name, SEARCH_RUN)
