@@ -12,6 +12,7 @@ try:
     from linearsr_platform.cli.boundaries import boundaries
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
+    from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import models, promote
     from linearsr_platform.cli.run import run
@@ -33,6 +34,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
     "run": run,
     "search": search,
+    "submit": submit,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
+    "list": list_jobs,
     "upscale": upscale,
     "tag": tag,
     "import-sana": import_sana,

@@ -29,11 +29,13 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbos
     """Run all stages, then write the report, also when a stage failed; `update` lets the recipe differ from the run's before."""
     _check_identity(loaded, "run", update=update)
     quiet_libraries(verbose=verbose)
+    from linearsr_platform.cluster.session import bring_secrets
     from linearsr_platform.stages.pipeline import run_pipeline
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.report import write as write_run_report
 
     started = datetime.now().astimezone()
+    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     warn_of(loaded.recipe)
     records: list[StageRecord] = []
@@ -54,10 +56,12 @@ def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool,
     _check_identity(loaded, "search", update=update)
     quiet_libraries(verbose=verbose)
     from linearsr_platform.cli.search_table import print_search
+    from linearsr_platform.cluster.session import bring_secrets
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.search import run_search, write
 
     started = datetime.now().astimezone()
+    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     with ExitStack() as closing, make_display() as display:
         record = storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name, SEARCH_RUN)

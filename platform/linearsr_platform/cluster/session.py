@@ -1,5 +1,6 @@
 """Start a Ray cluster on this machine or join an existing one, and stop at the end what was started."""
 
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -52,6 +54,12 @@ REMOTE_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 CHATTER = re.compile("worker processes have been started on node|A worker died or was killed while executing a task")
 """What Ray prints to the driver's standard output whatever its log level. Several trainers on a small machine are meant to be, and a
 dead worker is restarted or reported."""
+SHIPPED = "py_modules_files"
+"""Folder on a node in which Ray unpacks packages that were shipped to it, each in a folder of its own."""
+SECRETS = "LINEARSR_SECRETS"
+"""Environment variable that brings references to secrets, as JSON, to the workers of a cluster."""
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable in which Ray tells a job what it was submitted with."""
 QUEUE_POLL_S = 10.0
 """How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
 
@@ -96,7 +104,8 @@ def package_folders() -> tuple[Path, Path]:
         UserError: if they belong to different installations; workers could then run other code than the driver.
     """
     method, machinery = Path(linearsr.__path__[0]).resolve(), Path(linearsr_platform.__path__[0]).resolve()
-    if machinery.parent not in (method.parent, method.parent / "platform"):
+    shipped = method.parents[1].name == SHIPPED and method.parents[1] == machinery.parents[1]
+    if not shipped and machinery.parent not in (method.parent, method.parent / "platform"):
         raise UserError(
             f"installation: got linearsr from {method} and linearsr_platform from {machinery}; expected one checkout or one "
             "installation; fix: install again (`pip install -e .`) or clear PYTHONPATH"
@@ -141,7 +150,7 @@ def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: b
 def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, Path], verbose: bool) -> Iterator[None]:
     # Nodes may hold another version of the packages, or none: all workers get the driver's.
     variables = {**_accelerator(config), **_waiting(config), **REMOTE_TRAIN, **ALWAYS}
-    runtime_env = {"py_modules": [str(folder) for folder in folders], "env_vars": {**variables, **_set_by_user(variables)}}
+    runtime_env = _runtime_env({**variables, **_set_by_user(variables), SECRETS: json.dumps(config.secrets)}, folders)
     with _environment(variables):
         try:
             _require_listener(address)
@@ -160,6 +169,41 @@ def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, 
             yield
         finally:
             ray.shutdown()
+
+
+def _runtime_env(variables: Mapping[str, str], folders: tuple[Path, Path]) -> dict[str, object]:
+    """Return what workers get. A job's workers have what it was submitted with already, and Ray refuses to be told twice."""
+    job: dict[str, Any] = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    new = {name: value for name, value in variables.items() if name not in job.get("env_vars", {})}
+    shipped = {} if job.get("py_modules") else {"py_modules": [str(folder) for folder in folders]}
+    return {**shipped, "env_vars": new, "worker_process_setup_hook": f"{__name__}.{bring_worker_secrets.__name__}"}
+
+
+def bring_secrets(references: Mapping[str, str]) -> None:
+    """Set environment variables to the secrets that they refer to, in this process.
+
+    Args:
+        references: variable to `env:NAME` or `file:PATH`, see `ClusterConfig.secrets`.
+
+    Raises:
+        UserError: if there is no such variable or file on this machine.
+    """
+    for name, reference in references.items():
+        kind, _, where = reference.partition(":")
+        if kind == "env" and where not in os.environ:
+            raise UserError(f"cluster.secrets.{name}: got {reference!r}; expected a variable that is set on {socket.gethostname()}")
+        try:
+            value = os.environ[where] if kind == "env" else Path(where).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UserError(
+                f"cluster.secrets.{name}: got {reference!r}; expected a file that can be read on {socket.gethostname()}: {error.strerror}"
+            ) from error
+        os.environ[name] = value
+
+
+def bring_worker_secrets() -> None:
+    """Do `bring_secrets` in a worker of a cluster; Ray calls it when the process starts."""
+    bring_secrets(json.loads(os.environ.get(SECRETS, "{}")))
 
 
 def _require_listener(address: str) -> None:

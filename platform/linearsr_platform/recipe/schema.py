@@ -21,7 +21,7 @@ from linearsr.config import (
 from linearsr.experts import bisect_boundaries
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.search_schema import SearchSection
-from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, Name, NotNegative, Positive, Section
+from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, Name, NotNegative, Positive, SecretName, SecretReference, Section
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
 
 STAGE_NAMES = ("prepare", "pretrain", "experts", "finetune", "assemble", "evaluate", "register", "promote")
@@ -142,6 +142,9 @@ class ClusterConfig(Section):
     """Shared memory of a local cluster, MiB."""
     queue_timeout_s: Positive = 600.0
     """How long a trainer may wait for room before the stage fails."""
+    secrets: dict[SecretName, SecretReference] = Field(default_factory=dict)
+    """Environment variables with credentials, by where every node finds their values: `env:NAME` is a variable of the node, `file:PATH` a
+    file, as Kubernetes mounts secrets. Only these references travel; a value is in no recipe, job or log."""
 
 
 class Recipe(Section):

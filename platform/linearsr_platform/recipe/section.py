@@ -11,6 +11,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="letters, digits, - and _, not starting with - or _")]
 Experts = Annotated[int, Field(ge=1, le=6)]
+SecretName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", description="the name of an environment variable, in capitals")]
+SecretReference = Annotated[str, Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$", description="env:NAME or file:/PATH")]
 
 
 class Section(BaseModel):
