@@ -27,15 +27,14 @@ SEARCH_RUN = "search-run.json"
 
 def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
     """Run all stages, then write the report, also when a stage failed; `update` lets the recipe differ from the run's before."""
-    _check_identity(loaded, "run", update=update)
     quiet_libraries(verbose=verbose)
-    from linearsr_platform.cluster.session import bring_secrets
+    _bring_secrets(loaded)
+    _check_identity(loaded, "run", update=update)
     from linearsr_platform.stages.pipeline import run_pipeline
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.report import write as write_run_report
 
     started = datetime.now().astimezone()
-    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     warn_of(loaded.recipe)
     records: list[StageRecord] = []
@@ -53,15 +52,14 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbos
 
 def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
     """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
-    _check_identity(loaded, "search", update=update)
     quiet_libraries(verbose=verbose)
+    _bring_secrets(loaded)
+    _check_identity(loaded, "search", update=update)
     from linearsr_platform.cli.search_table import print_search
-    from linearsr_platform.cluster.session import bring_secrets
     from linearsr_platform.stages.preflight import check_before_start
     from linearsr_platform.stages.search import run_search, write
 
     started = datetime.now().astimezone()
-    bring_secrets(loaded.recipe.cluster.secrets)
     check_before_start(loaded.recipe)
     with ExitStack() as closing, make_display() as display:
         record = storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name, SEARCH_RUN)
@@ -84,6 +82,14 @@ def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool,
 def _check_identity(loaded: LoadedRecipe, kind: RunKind, *, update: bool) -> None:
     if not update:
         require_same_recipe(storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name), loaded, kind)
+
+
+def _bring_secrets(loaded: LoadedRecipe) -> None:
+    """Set the variables that storage and tracking need, before either is asked."""
+    if loaded.recipe.cluster.secrets:
+        from linearsr_platform.cluster.session import bring_secrets
+
+        bring_secrets(loaded.recipe.cluster.secrets)
 
 
 def _interrupted_run(record: str) -> str | None:

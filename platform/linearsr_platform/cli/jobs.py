@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbose, known_stage
+from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Update, Verbose, known_stage
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import SEARCH_STAGE_NAMES, STAGE_NAMES
 
@@ -44,6 +44,7 @@ def submit(
     overrides: Overrides = None,
     search: Annotated[bool, typer.Option("--search", help="Submit `linearsr search` instead of `linearsr run`.")] = False,
     redo_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all after it again.")] = None,
+    update: Update = False,
     follow: Annotated[bool, typer.Option("--follow", help="Show what the job prints until it ends; Ctrl-C leaves it running.")] = False,
     env: Annotated[list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="Environment variable of the job.")] = None,
     python: Annotated[
@@ -73,7 +74,7 @@ def submit(
         job = client.submit(
             Submission(
                 folder=Path(folder),
-                command=[kind, RECIPE_FILE, *(["--from", stage] if stage else [])],
+                command=[kind, RECIPE_FILE, *(["--from", stage] if stage else []), *(["--update"] if update else [])],
                 run=storage.join(loaded.recipe.storage, loaded.recipe.name),
                 kind=kind,
                 name=loaded.recipe.name,
