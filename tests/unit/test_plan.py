@@ -17,6 +17,7 @@ from linearsr_platform.stages.plan import plan_run
 from linearsr_platform.train.footprint import footprint
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
+GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
 QUICKSTART = str(PIPELINES / "quickstart.yaml")
 
 

@@ -41,8 +41,8 @@ def plan(
     planned = plan_run(loaded.recipe, machines, paces(loaded.recipe, _rates(rate or [])))
     if as_json:
         derived = {"seconds": planned.seconds, "price": planned.price, "disk_bytes": planned.disk_bytes}
-        machines = [machine.model_dump(mode="json") for machine in planned.machines]
-        typer.echo(json.dumps({**asdict(planned), **derived, "machines": machines}, indent=2))
+        kinds = [machine.model_dump(mode="json") for machine in machines]
+        typer.echo(json.dumps({**asdict(planned), **derived, "machines": kinds}, indent=2))
     else:
         _show(planned, gpu=loaded.recipe.cluster.gpus_per_worker > 0)
     if planned.problems:
