@@ -15,6 +15,7 @@ try:
     from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import models, promote
+    from linearsr_platform.cli.plan import plan
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
+    "plan": plan,
     "run": run,
     "search": search,
     "submit": submit,

@@ -127,6 +127,21 @@ class TrackingConfig(Section):
     """Registered model name; unset is `linearsr-<recipe name>`."""
 
 
+class MachineConfig(Section):
+    """A kind of machine that a cluster has."""
+
+    count: Count = 1
+    """How many of them, at most where the cluster grows."""
+    cpus: Positive
+    gpus: NotNegative = 0.0
+    memory_gb: Positive | None = None
+    """Host memory of one, GB of 1e9 bytes; unset is not planned with."""
+    gpu_memory_gb: Positive | None = None
+    """Memory of one GPU."""
+    price_per_hour: NotNegative | None = None
+    """Of one machine, in whatever currency."""
+
+
 class ClusterConfig(Section):
     """Where it runs: a profile usually sets this section."""
 
@@ -142,6 +157,8 @@ class ClusterConfig(Section):
     """Shared memory of a local cluster, MiB."""
     queue_timeout_s: Positive = 600.0
     """How long a trainer may wait for room before the stage fails."""
+    machines: tuple[MachineConfig, ...] = ()
+    """What the cluster at `address` has. Read by `linearsr plan` alone; a run asks the cluster itself."""
     secrets: dict[SecretName, SecretReference] = Field(default_factory=dict)
     """Environment variables with credentials, by where every node finds their values: `env:NAME` is a variable of the node, `file:PATH` a
     file, as Kubernetes mounts secrets. Only these references travel; a value is in no recipe, job or log."""

@@ -1,0 +1,198 @@
+"""What a run will take, before anything is paid for: room, memory, disk, time and money, as arithmetic that can be shown."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from linearsr_platform.cluster.capacity import TRAINER_BYTES, Room, Share
+from linearsr_platform.data.sources import list_source
+from linearsr_platform.recipe.schema import MachineConfig, Recipe
+from linearsr_platform.recipe.train_schema import TrainConfig
+from linearsr_platform.stages.activations import network_size
+from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
+from linearsr_platform.train.footprint import Footprint, disk_bytes, footprint
+
+GIGA = 1e9
+CHECKPOINTS = 3
+"""Full checkpoints of a trainer at once: two that are kept and the one being written."""
+AFTER_S = 3.0
+"""From a trainer's last step to its end."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".tar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """One training stage."""
+
+    stage: str
+    trainers: int
+    workers: int
+    """Of each trainer."""
+    share: Share
+    """Of each worker."""
+    at_once: int
+    """Trainers that run at the same time."""
+    crops: int
+    """Of one forward on one worker."""
+    tokens: int
+    """Of one crop."""
+    parameters: int
+    memory: Footprint
+    """Of one worker."""
+    disk_bytes: float
+    """Of all trainers."""
+    seconds: float | None
+    """At most; None if nobody knows how fast it is."""
+    source: str
+    """Where the time is known from."""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPUs that are reserved, times how long."""
+        if self.seconds is None or not self.share.gpus:
+            return None if self.seconds is None else 0.0
+        return self.seconds / 3600 * self.at_once * self.workers * self.share.gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A whole run."""
+
+    machines: tuple[MachineConfig, ...]
+    training: tuple[TrainingPlan, ...]
+    other_s: Mapping[str, float]
+    """Seconds of the stages that do not train, as far as they are known."""
+    pictures: int
+    """Image files that the sources list; tars count as one."""
+    trials_at_once: int | None
+    """Of the recipe's search; None if it has none."""
+    problems: tuple[str, ...]
+    """Why it can never run."""
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole run at most; None if a training stage's time is not known."""
+        times = [stage.seconds for stage in self.training]
+        return None if None in times else sum(time for time in times if time is not None) + sum(self.other_s.values())
+
+    @property
+    def price(self) -> float | None:
+        """All machines for the whole time; None if time or a price is not known."""
+        prices = [machine.price_per_hour for machine in self.machines]
+        if self.seconds is None or not prices or None in prices:
+            return None
+        return self.seconds / 3600 * sum(machine.count * (machine.price_per_hour or 0.0) for machine in self.machines)
+
+    @property
+    def disk_bytes(self) -> float:
+        """Checkpoints and averaged weights of all stages, at the end of a run."""
+        return sum(stage.disk_bytes for stage in self.training)
+
+
+def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[str, Pace]) -> RunPlan:
+    """Plan a run on some machines; starts nothing.
+
+    Args:
+        recipe: what is run.
+        machines: what there is.
+        paces: by stage, see `pace.paces`.
+
+    Raises:
+        UserError: if a source of photographs is not there.
+    """
+    experts = len(recipe.experts.resolved_boundaries) + 1
+    cluster, own = recipe.cluster, recipe.experts.cpus_per_worker
+    together = own or cluster.cpus_per_worker
+    stages = [
+        ("pretrain", recipe.pretrain, 1, cluster.cpus_per_worker),
+        ("experts", recipe.experts.train, experts, together),
+        ("finetune", recipe.finetune.train, experts, together),
+    ]
+    problems: list[str] = []
+    training = tuple(
+        _plan_stage(recipe, name, train, trainers, Share(cpus=cpus, gpus=cluster.gpus_per_worker), machines, paces.get(name), problems)
+        for name, train, trainers, cpus in stages
+    )
+    pictures = sum(file.lower().endswith(PICTURES) for name, source in recipe.data.sources.items() for file in list_source(name, source))
+    needed = max(stage.workers for stage in training)
+    tars = any(file.endswith(".tar") for name, source in recipe.data.sources.items() for file in list_source(name, source))
+    if pictures < needed and not tars:
+        problems.append(f"data: {pictures} photographs for {needed} workers, each of which reads shards of its own")
+    other = {name: pace.stage_s for name, pace in paces.items() if pace.stage_s is not None}
+    room = _room(machines)
+    trials = None
+    if recipe.search is not None:
+        trials = min(room.workers(training[1].share), recipe.search.max_concurrent or 2**31)
+        if trials < 1:
+            problems.append(f"search: a trial takes {training[1].share} on one machine, and no machine has that")
+    return RunPlan(
+        machines=tuple(machines), training=training, other_s=other, pictures=pictures, trials_at_once=trials, problems=tuple(problems)
+    )
+
+
+def _plan_stage(
+    recipe: Recipe,
+    name: str,
+    train: TrainConfig,
+    trainers: int,
+    share: Share,
+    machines: Sequence[MachineConfig],
+    pace: Pace | None,
+    problems: list[str],
+) -> TrainingPlan:
+    size = network_size(recipe.model, train)
+    memory = footprint(train, parameters=size.parameters, activation_bytes=size.activation_bytes)
+    at_once = _at_once(name, train, trainers, share, machines, memory, problems)
+    cpus = sum(machine.count * machine.cpus for machine in machines)
+    loop = train_seconds(train, pace or Pace(samples_per_s=None, source=""))
+    rounds = ceil(trainers / at_once) if at_once else 0
+    seconds = None if loop is None else rounds * (start_seconds(min(at_once, trainers), train.workers, cpus) + loop + AFTER_S)
+    return TrainingPlan(
+        stage=name,
+        trainers=trainers,
+        workers=train.workers,
+        share=share,
+        at_once=at_once,
+        crops=train.micro_batch_size,
+        tokens=size.tokens,
+        parameters=size.parameters,
+        memory=memory,
+        disk_bytes=trainers * disk_bytes(train, parameters=size.parameters, checkpoints=CHECKPOINTS),
+        seconds=seconds,
+        source=(pace.source if pace else "max_seconds") if seconds is not None else "",
+    )
+
+
+def _at_once(
+    name: str, train: TrainConfig, trainers: int, share: Share, machines: Sequence[MachineConfig], memory: Footprint, problems: list[str]
+) -> int:
+    """Return how many trainers run at once; 0, with the reason among the problems, if not even one can."""
+    room = _room(machines)
+    slots = room.workers(share)
+    if slots < train.workers:
+        have = ", ".join(f"{machine.count} x {Share(cpus=machine.cpus, gpus=machine.gpus)}" for machine in machines)
+        problems.append(f"{name}: {train.workers} workers of {share} each, but the machines ({have}) have room for {slots}")
+        return 0
+    gpu = share.gpus > 0
+    on_device = memory.device_bytes(gpu=gpu)
+    limits = [machine.gpu_memory_gb * GIGA for machine in machines if gpu and machine.gpu_memory_gb is not None and machine.gpus]
+    if limits and on_device > max(limits):
+        problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
+        return 0
+    host = train.workers * memory.host_bytes(gpu=gpu) + TRAINER_BYTES
+    total = sum(machine.count * machine.memory_gb * GIGA for machine in machines if machine.memory_gb is not None)
+    if total and all(machine.memory_gb is not None for machine in machines):
+        if host > total:
+            problems.append(f"{name}: a trainer takes {host / GIGA:.1f} GB of memory, but the machines have {total / GIGA:.1f} GB")
+            return 0
+        return min(trainers, slots // train.workers, int(total // host))
+    return min(trainers, slots // train.workers)
+
+
+def _room(machines: Sequence[MachineConfig]) -> Room:
+    return Room(nodes=tuple(Share(cpus=machine.cpus, gpus=machine.gpus) for machine in machines for _ in range(machine.count)))
+
+
+def _terms(memory: Footprint) -> str:
+    terms = ("weights", "gradients", "optimizer", "average", "activations")
+    return ", ".join(f"{term} {getattr(memory, term) / GIGA:.1f}" for term in terms)

@@ -1,0 +1,91 @@
+"""What a training worker takes in memory and a trainer on disk, as arithmetic on the number of parameters. Imports no torch.
+
+Source: ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1 and 5), with this project's average of weights and restore points.
+"""
+
+from dataclasses import dataclass
+
+from linearsr_platform.recipe.train_schema import TrainConfig
+
+FLOAT32 = 4
+MOMENTS = 2
+"""Of AdamW."""
+PROCESS_BYTES = 0.95e9
+"""Resident memory of a worker with torch, DeepSpeed and metrics, before there is a network."""
+READER_BYTES = 0.15e9
+"""Decoded photographs of a block, shards' bytes and validation crops, as they come to with photographs of a few megapixels. Both
+together were measured as 1.12 to 1.18 GB."""
+DEVICE_BYTES = 1.0e9
+"""CUDA context, communication buffers and libraries' workspaces on a GPU."""
+RESTORE_POINTS = 2
+"""Kept by the guard in host memory; see `train.recovery.POINTS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of one worker."""
+
+    weights: float
+    """Of the network, in the dtype it runs in."""
+    gradients: float
+    optimizer: float
+    """AdamW's moments, and float32 weights where the network runs in another dtype."""
+    average: float
+    """Exponential moving average of weights."""
+    activations: float
+    """What a forward of one micro-batch keeps for its backward."""
+    restore_points: float
+    """Of the guard, in host memory."""
+    fixed: float
+    """Process, context and buffers, whatever is trained."""
+
+    @property
+    def model(self) -> float:
+        """All that ZeRO may share out, and activations."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def device_bytes(self, *, gpu: bool) -> float:
+        """Bytes on the device that trains; on a CPU that is host memory."""
+        return self.model + (DEVICE_BYTES if gpu else self.restore_points + self.fixed)
+
+    def host_bytes(self, *, gpu: bool) -> float:
+        """Bytes in host memory."""
+        return self.restore_points + self.fixed + (0.0 if gpu else self.model)
+
+
+def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float) -> Footprint:
+    """Return what one worker of a training stage takes.
+
+    Args:
+        train: the stage.
+        parameters: of the network, all of them trained.
+        activation_bytes: of one micro-batch.
+    """
+    stage, workers = train.zero.stage, train.workers
+    dtype = 2 if train.precision == "bfloat16" else FLOAT32
+    shared_optimizer, shared_gradients, shared_weights = (workers if stage >= least else 1 for least in (1, 2, 3))
+    # Float32 ZeRO keeps its share of master weights as flat copies of the parameters; without ZeRO the parameters are the masters.
+    copies = 1 if dtype != FLOAT32 or stage > 0 else 0
+    owned = parameters / shared_optimizer
+    restore = RESTORE_POINTS * owned * FLOAT32 * (1 + MOMENTS + 1) if train.guard.enabled else 0.0
+    return Footprint(
+        weights=parameters * dtype / shared_weights,
+        gradients=parameters * dtype / shared_gradients,
+        optimizer=owned * FLOAT32 * (MOMENTS + copies),
+        average=owned * FLOAT32,
+        activations=activation_bytes,
+        restore_points=restore,
+        fixed=PROCESS_BYTES + READER_BYTES,
+    )
+
+
+def disk_bytes(train: TrainConfig, *, parameters: int, checkpoints: int) -> float:
+    """Return what one trainer has on disk at most: full checkpoints, and averaged weights of validations.
+
+    Args:
+        train: the stage.
+        parameters: of the network.
+        checkpoints: kept at once, the one being written among them.
+    """
+    snapshots = min(train.knee.keep, train.max_steps // train.validate_every + 1) + 1
+    return parameters * FLOAT32 * (checkpoints * (1 + MOMENTS + 1) + snapshots)

@@ -1,0 +1,117 @@
+"""What a run takes, as arithmetic: memory by ZeRO stage, room, and why some runs can never be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from linearsr.backbone import Backbone
+from linearsr_platform.cli.app import app
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.schema import MachineConfig
+from linearsr_platform.stages.activations import network_size
+from linearsr_platform.stages.pace import Pace, train_seconds
+from linearsr_platform.stages.plan import plan_run
+from linearsr_platform.train.footprint import footprint
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
+QUICKSTART = str(PIPELINES / "quickstart.yaml")
+
+
+def recipe(*overrides: str):
+    return load_recipe(QUICKSTART, None, overrides).recipe
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_shares_out_what_its_stage_says(stage: int, precision: str, dtype: int) -> None:
+    """ZeRO, section 3.1: of 16 bytes a parameter in mixed precision stage 1 shares 12, stage 2 two more, stage 3 all."""
+    settings = [f"pretrain.zero.stage={stage}", f"pretrain.precision={precision}", "pretrain.workers=4", "pretrain.batch_size=8"]
+    memory = footprint(recipe(*settings).pretrain, parameters=1000, activation_bytes=7)
+    shares = [4 if stage >= least else 1 for least in (1, 2, 3)]
+    masters = 4000 if dtype == 2 or stage > 0 else 0
+    assert memory.optimizer == (8000 + masters) / shares[0]
+    assert memory.average == 4000 / shares[0]
+    assert memory.gradients == 1000 * dtype / shares[1]
+    assert memory.weights == 1000 * dtype / shares[2]
+    assert memory.activations == 7
+
+
+def test_activations_are_those_of_a_real_forward() -> None:
+    loaded = recipe()
+    model, train, shape = loaded.model, loaded.pretrain, loaded.model.resolved_backbone
+    network = Backbone(shape, latent_channels=48, lr_pixels_per_token=1, num_tags=100)
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    side, count = train.crop_px // model.codec.factor, train.micro_batch_size
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        low, captions = torch.randn(count, 3, side, side), torch.ones(count, model.max_tags, dtype=torch.int64)
+        network(torch.randn(count, 48, side, side), torch.rand(count), network.prepare(low, captions))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    size = network_size(model, train)
+    assert size.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert size.activation_bytes == pytest.approx(held, rel=0.05)
+
+
+def test_the_paper_recipe_needs_what_its_comments_say() -> None:
+    loaded = load_recipe(str(PIPELINES / "linearsr_x4.yaml")).recipe
+    size = network_size(loaded.model, loaded.pretrain)
+    assert size.parameters == pytest.approx(1.605e9, rel=0.001)
+    memory = footprint(loaded.pretrain, parameters=size.parameters, activation_bytes=size.activation_bytes)
+    assert memory.model > 20e9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "said"),
+    [
+        ((), MachineConfig(cpus=1), "pretrain: 2 workers of 1 CPUs each, but the machines (1 x 1 CPUs) have room for 1"),
+        (
+            ("cluster.gpus_per_worker=1", "cluster.num_gpus=8"),
+            MachineConfig(cpus=8, gpus=8, gpu_memory_gb=0.5),
+            "a worker takes 1.0 GB of a GPU with 0.5 GB",
+        ),
+        ((), MachineConfig(cpus=8, memory_gb=2), "a trainer takes"),
+        (("pretrain.workers=64", "pretrain.batch_size=64"), MachineConfig(cpus=64), "photographs for 64 workers"),
+    ],
+)
+def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ...], machine: MachineConfig, said: str) -> None:
+    problems = plan_run(recipe(*overrides), [machine], {}).problems
+    assert any(said in problem for problem in problems), problems
+
+
+def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:
+    train = recipe("pretrain.max_steps=100", "pretrain.validate_every=50", "pretrain.batch_size=8", "pretrain.max_seconds=null").pretrain
+    pace = Pace(samples_per_s=40.0, validation_s=2.0, source="given")
+    assert train_seconds(train, pace) == 100 * 8 / 40 + 3 * 2
+    assert train_seconds(recipe("pretrain.max_seconds=10").pretrain, pace) == 10
+    assert train_seconds(train, Pace(samples_per_s=None, source="")) is None
+
+
+def test_experts_queue_where_not_all_have_room() -> None:
+    paces = {"experts": Pace(samples_per_s=100.0, source="given")}
+    one, four = (plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], paces).training[1] for cpus in (2, 4))
+    assert (one.at_once, four.at_once) == (2, 4)
+    assert one.seconds is not None
+    assert four.seconds is not None
+    assert one.seconds > 1.8 * four.seconds
+
+
+def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None:
+    storage = f"storage={tmp_path}"
+    done = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.machines=[{cpus: 4}]", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [stage["stage"] for stage in json.loads(done.stdout)["training"]] == ["pretrain", "experts", "finetune"]
+    wrong = CliRunner().invoke(app, ["plan", QUICKSTART, "--rate", "pretrian=3"])
+    assert wrong.exit_code == 2
+    impossible = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.machines=[{cpus: 1}]"])
+    assert impossible.exit_code == 1
