@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tomllib
 from fnmatch import fnmatch
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_every_requirement_of_the_images_is_pinned_within_its_bounds(root: Path)
     server = {_normal(line) for line in re.findall(r"^[\w-]+$", (root / "infra/images/mlflow-requirements.txt").read_text(), re.MULTILINE)}
     assert pins.keys() - named - server == {"botocore"}, "pins that nothing asks for"
     assert server <= pins.keys()
+
+
+def test_every_extra_that_is_asked_of_others_is_one_of_theirs(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    requirements = [Requirement(one) for extra in project["optional-dependencies"].values() for one in extra]
+    asking = [one for one in requirements if one.extras]
+    assert {one.name for one in asking} >= {"ray", "moto"}
+    for one in asking:
+        # pip only warns of an extra that is not there, and installs nothing for it.
+        offered = metadata(one.name).get_all("Provides-Extra") or []
+        assert {_normal(extra) for extra in one.extras} <= {_normal(extra) for extra in offered}, str(one)
 
 
 def test_the_dockerfile_reads_requirements_as_pip_would(root: Path, tmp_path: Path) -> None:
