@@ -16,6 +16,7 @@ Variables:
   VERSION      their tag                               (the version in pyproject.toml)
   DOCKER       docker or podman                        (docker)
   TORCH_INDEX  package index with torch's CPU build, for the target cpu; without it cpu gets the CUDA build too
+  EXTRAS       extras of this project in cpu and gpu   (platform,metrics,photos,tags; metrics has a noncommercial licence)
   PYTHON_IMAGE the base, for instance with a digest    (the tag in the Dockerfile)
 TEXT
 }
@@ -56,6 +57,7 @@ for target in "${targets[@]}"; do
   else
     image="${registry}/linearsr:${version}-${target}"
     arguments+=(--file infra/images/Dockerfile --target "$target" --build-arg "VERSION=${version}" --build-arg "REVISION=${revision}")
+    [[ -z "${EXTRAS:-}" ]] || arguments+=(--build-arg "EXTRAS=${EXTRAS}")
     [[ "$target" != cpu || -z "${TORCH_INDEX:-}" ]] || arguments+=(--build-arg "TORCH_INDEX=${TORCH_INDEX}")
   fi
   echo "Building ${image}"

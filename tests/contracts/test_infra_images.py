@@ -126,13 +126,14 @@ def test_the_build_script_builds_what_is_named_and_refuses_the_rest(root: Path, 
     docker.write_text('#!/bin/bash\nif [ "$#" -gt 4 ]; then test -f infra/images/Dockerfile; fi\necho "$*"\n')
     docker.chmod(0o755)
     script = root / "infra/images/build.sh"
-    environment = {"PATH": "/usr/bin:/bin", "DOCKER": str(docker), "REGISTRY": "r.example", "VERSION": "9.9"}
+    environment = {"PATH": "/usr/bin:/bin", "DOCKER": str(docker), "REGISTRY": "r.example", "VERSION": "9.9", "EXTRAS": "platform"}
 
     done = _run(script, "--push", "gpu", "mlflow", env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     builds = [line for line in done.stdout.splitlines() if line.startswith("build ")]
     assert builds[0].endswith(" --tag r.example/linearsr:9.9-gpu .")
     assert "--target gpu" in builds[0]
+    assert "--build-arg EXTRAS=platform " in builds[0]
     assert "--file infra/images/Dockerfile.mlflow" in builds[1]
     assert "push r.example/linearsr:9.9-gpu" in done.stdout.splitlines()
 
