@@ -45,11 +45,13 @@ test: export MKL_NUM_THREADS := 1
 test: check ## Everything CI checks: `make check`, then every test that needs no GPU (under 30 minutes)
 	@$(BIN)/python -m pytest -m "not gpu" $(wildcard tests/unit tests/contracts tests/distributed tests/chaos)
 
-check: install ## Lint, formatting, types, import directions
+check: install ## Lint, formatting, types, import directions, Dockerfiles, shell scripts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/hadolint infra/images/Dockerfile infra/images/Dockerfile.mlflow
+	@$(BIN)/shellcheck .ci/run infra/images/build.sh
 
 bench: install ## Benchmarks: what platform and guard cost a step, the knee detector's error rates, an enlargement's time (10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/step_overhead.py

@@ -16,7 +16,9 @@ LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
 EXTRAS = re.compile(r"(?:linearsr|\.)\[([a-z,]+)\]")
 VERB = re.compile(r"`linearsr ([a-z-]+)[ `]")
 # Programs of others that are taken as they are; every other first word must be known below.
-TRUSTED = re.compile(r"cd|cp|export|git|lint-imports|ls|mkdir|mypy|pip|pre-commit|pytest|python3?|ruff")
+TRUSTED = re.compile(
+    r"cd|cp|docker|export|git|helm|infra/images/build\.sh|kubectl|lint-imports|ls|mkdir|mypy|openssl|pip|pre-commit|promtool|pytest|python3?|ruff"
+)
 CLICK = {"ray": "ray.scripts.scripts:cli", "mlflow": "mlflow.cli:cli"}
 FOLDERS = ("infra/", "pipelines/", "platform/", "tests/")
 
