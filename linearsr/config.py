@@ -285,8 +285,12 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DegradationConfig:
-    """First-order synthesis of LR from HR: blur, reduce, noise, JPEG; each range is drawn uniformly a sample."""
+    """First-order synthesis of LR from HR: blur, reduce, noise, JPEG; each range is drawn uniformly a sample.
 
+    The presets of second order are in `linearsr.degradation_config`.
+    """
+
+    preset: Literal["quickstart"] = "quickstart"
     blur_sigma_px: tuple[float, float] = (0.4, 1.6)
     """Standard deviation of the isotropic Gaussian blur, in HR pixels."""
     noise_sigma: tuple[float, float] = (0.0, 6.0)

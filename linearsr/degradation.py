@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from linearsr.config import AugmentationConfig, DegradationConfig
+from linearsr.degradation_config import Degradation, SecondOrderDegradation
 
 Pixels = NDArray[np.uint8]
 
@@ -21,15 +22,38 @@ def upsample(lr: Pixels, scale: int) -> Pixels:
     return np.asarray(Image.fromarray(lr).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
 
 
-def degrade(hr: Pixels, scale: int, config: DegradationConfig, rng: np.random.Generator) -> Pixels:
-    """Synthesise LR (H / scale, W / scale, 3): Gaussian blur, bicubic reduction, Gaussian noise, JPEG.
+def degrade(hr: Pixels, scale: int, config: Degradation, rng: np.random.Generator) -> Pixels:
+    """Synthesise LR (H / scale, W / scale, 3) from HR (H, W, 3), sharpened first where `config` says so.
 
     Raises:
         ValueError: if the sides of `hr` are not multiples of `scale`.
+        DegradationError: if the degradation needs OpenCV and it is not installed.
+    """
+    return degrade_pair(hr, scale, config, rng)[1]
+
+
+def degrade_pair(hr: Pixels, scale: int, config: Degradation, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """Synthesise LR as `degrade`, and return what training aims at with it: HR, sharpened where `config` says so, and LR.
+
+    Raises:
+        ValueError, DegradationError: as `degrade`.
     """
     height, width = hr.shape[:2]
     if height % scale or width % scale:
         raise ValueError(f"degrade: got an image of {width}x{height} px; expected sides that are multiples of {scale}; fix: crop it first")
+    if not isinstance(config, SecondOrderDegradation):
+        return hr, _degrade_once(hr, scale, config, rng)
+    # Here, so that the first order does without OpenCV.
+    from linearsr.image_filters import sharpen_pixels
+    from linearsr.second_order import degrade_twice
+
+    sharp = sharpen_pixels(hr) if config.gt_usm else hr
+    return (sharp if config.sharpens_target else hr), degrade_twice(sharp, scale, config, rng)
+
+
+def _degrade_once(hr: Pixels, scale: int, config: DegradationConfig, rng: np.random.Generator) -> Pixels:
+    """Gaussian blur, bicubic reduction, Gaussian noise, JPEG."""
+    height, width = hr.shape[:2]
     sigma_px, noise_sigma = rng.uniform(*config.blur_sigma_px), rng.uniform(*config.noise_sigma)
     quality = int(rng.integers(config.jpeg_quality[0], config.jpeg_quality[1], endpoint=True))
     blurred = Image.fromarray(hr).filter(ImageFilter.GaussianBlur(sigma_px))

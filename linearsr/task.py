@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from linearsr.captions import Captions
 from linearsr.codec_source import verify_codec
-from linearsr.config import AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig, TextSource
-from linearsr.degradation import augment, degrade
+from linearsr.config import AugmentationConfig, LatentStatistics, ModelConfig, TextSource
+from linearsr.degradation import augment, degrade_pair
+from linearsr.degradation_config import Degradation
 from linearsr.flow import interpolate, sample_times
 from linearsr.latent import LatentSpace
 from linearsr.metrics import Meter
@@ -33,7 +34,7 @@ class TaskConfig:
     statistics: LatentStatistics
     interval: tuple[float, float]
     """Noise levels that this network trains on; (0, 1) for one network over all of them."""
-    degradation: DegradationConfig
+    degradation: Degradation
     augmentation: AugmentationConfig
     crop_px: int
     """Side of a training crop, HR pixels."""
@@ -110,8 +111,8 @@ class SuperResolutionTask:
         return (weights * error.square()).mean(), {}
 
     def _example(self, crop: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> dict[str, Array]:
-        lr = degrade(crop, self.config.model.scale, self.config.degradation, rng)
-        planes = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("hr", crop), ("lr", lr))}
+        hr, lr = degrade_pair(crop, self.config.model.scale, self.config.degradation, rng)
+        planes = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("hr", hr), ("lr", lr))}
         return {**planes, **self.captions.example(tags)}
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Degradation and augmentation: deterministic, right sizes, and as strong as asked."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -51,3 +53,17 @@ def test_tags_become_ids_and_unknown_ones_are_left_out() -> None:
     config = TagsConfig(vocabulary=vocabulary_of([["Sky ", "cat"], ["cat", "blue  flower"]]), max_tags=3)
     assert config.vocabulary == ("blue flower", "cat", "sky")
     assert encode_tags(["SKY", "dog", "sky", "Blue Flower"], config).tolist() == [3, 1, 0]
+
+
+def test_the_quickstarts_degradation_is_what_it_was() -> None:
+    """80 images by the code as it was before there were other presets: Pillow 13 with its libjpeg-turbo."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 128).astype(np.uint8)[:, None, None], (128, 128, 3)).copy()
+    image = np.random.default_rng(0).integers(0, 256, (96, 140, 3), dtype=np.uint8)
+    configs = (DegradationConfig(), DegradationConfig(blur_sigma_px=(0.2, 1.5), noise_sigma=(1.0, 10.0), jpeg_quality=(60, 95)))
+    digest = hashlib.sha256()
+    for picture in (image, ramp):
+        for seed in range(20):
+            for config in configs:
+                for scale in (2, 4):
+                    digest.update(degrade(picture, scale, config, np.random.default_rng(seed)).tobytes())
+    assert digest.hexdigest() == "ffa8ade3ad5b0d4b6d816698b55043bad362020b62e8eb5c385740a70d5a1fa7"

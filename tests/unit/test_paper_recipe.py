@@ -13,11 +13,11 @@ from linearsr.config import (
     BACKBONES,
     PAPER_BOUNDARIES,
     BackboneConfig,
-    DegradationConfig,
     FlowConfig,
     ModelConfig,
     TagsConfig,
 )
+from linearsr.degradation_config import RealEsrganDegradation
 from linearsr.experts import steps_per_expert
 from linearsr.schedule import sampling_times
 from linearsr_platform.recipe.load import load_recipe
@@ -93,7 +93,7 @@ def test_it_says_what_the_paper_says(recipe: Recipe) -> None:
     assert recipe.experts.resolved_boundaries == pytest.approx(PAPER_BOUNDARIES, abs=5e-4)
     assert (recipe.model.scale, recipe.model.preset, recipe.model.prior, recipe.model.codec.factor) == (4, "sana-1600m", "none", 32)
     assert recipe.model.flow == FlowConfig(shift=3.0)
-    assert recipe.degradation != DegradationConfig()
+    assert recipe.degradation == RealEsrganDegradation(gt_usm=False)
     for key in TRAINING_STAGES:
         stage = recipe.training_stage(key)
         assert (stage.crop_px, stage.precision, stage.clip_norm, stage.schedule) == (1024, "bfloat16", 0.1, "constant"), key

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import typer
 
 from linearsr.codec_source import CodecError
+from linearsr.opencv import DegradationError
 from linearsr_platform.errors import RecipeErrors, StageError, UserError
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ def reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from error
-        except (UserError, StageError, CodecError, OSError) as error:
+        except (UserError, StageError, CodecError, DegradationError, OSError) as error:
             if kwargs.get("verbose"):
                 traceback.print_exception(error)
             _tell(error)
-            # Weights of a codec that are not there are for the user to bring.
-            by_user = isinstance(error, (UserError, CodecError))
+            # Weights of a codec, or OpenCV, that are not there are for the user to bring.
+            by_user = isinstance(error, (UserError, CodecError, DegradationError))
             raise typer.Exit(UserError.exit_code if by_user else FAILED) from error
 
     return reporting

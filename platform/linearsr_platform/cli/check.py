@@ -14,12 +14,16 @@ def check(
 ) -> None:
     """Check a recipe without running it: every error at once, or a summary of the run."""
     from linearsr.codec_source import check_codec
+    from linearsr.degradation_config import changed_keys
+    from linearsr.opencv import check_installed
     from linearsr_platform import storage
     from linearsr_platform.recipe.load import load_recipe
     from linearsr_platform.recipe.schema import STAGE_NAMES, TRAINING_STAGES
 
     loaded = load_recipe(recipe, profile, overrides or ())
+    degradation = loaded.recipe.degradation
     check_codec(loaded.recipe.model.codec)
+    check_installed(degradation)
     rows = {"name": loaded.recipe.name, "hash": loaded.hash, "stages": " > ".join(STAGE_NAMES)}
     for where in TRAINING_STAGES:
         stage = loaded.recipe.training_stage(where)
@@ -31,6 +35,8 @@ def check(
         rows["search"] = (
             f"{search.trials} trials of {experts} experts, rungs of {', '.join(map(str, search.rungs))} steps, by {search.metric}"
         )
+    changed = ", ".join(changed_keys(degradation))
+    rows["degradation"] = degradation.preset + (f", with other {changed}" if changed else "")
     rows["model"] = loaded.recipe.model_name
     rows["results"] = storage.absolute(loaded.recipe.storage)
     typer.echo(f"{recipe} is valid")

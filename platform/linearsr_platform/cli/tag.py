@@ -12,7 +12,7 @@ from linearsr_platform.cli.options import Verbose
 from linearsr_platform.errors import StageError, UserError
 
 if TYPE_CHECKING:
-    from linearsr.config import DegradationConfig
+    from linearsr.degradation_config import Degradation
     from linearsr.taggers import Photo, Tag, Tagger
 
 BATCH = 8
@@ -25,7 +25,7 @@ class Reduction:
     """How `--lr` degrades a photograph before it is tagged."""
 
     scale: int
-    degradation: "DegradationConfig"
+    degradation: "Degradation"
 
 
 def tag(

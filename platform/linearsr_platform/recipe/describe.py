@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
 _WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", object: "anything"}
@@ -36,6 +36,14 @@ def inside(annotation: Any, part: str | int) -> Any | None:
         return arguments[1]
     if get_origin(bare) is tuple and isinstance(part, int):
         return arguments[0] if arguments[-1] is Ellipsis else arguments[part] if part < len(arguments) else None
+    return None
+
+
+def arm_of(annotation: Any, tag: object) -> Any | None:
+    """Return the arm of a union that goes by a tag; None if there is none. pydantic puts the tag into an error's location."""
+    for arm in get_args(_bare(annotation)):
+        if any(isinstance(mark, Tag) and mark.tag == tag for mark in _constraints(arm)):
+            return arm
     return None
 
 

@@ -20,6 +20,7 @@ from linearsr.config import (
 )
 from linearsr.experts import bisect_boundaries
 from linearsr_platform.recipe.data_schema import DataConfig
+from linearsr_platform.recipe.degradation_schema import DegradationSection
 from linearsr_platform.recipe.search_schema import SearchSection
 from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, Name, NotNegative, Positive, SecretName, SecretReference, Section
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
@@ -172,7 +173,7 @@ class Recipe(Section):
     storage: str = "runs"
     """Root of everything this run writes: folder or fsspec URL."""
     data: DataConfig
-    degradation: DegradationConfig = DegradationConfig()
+    degradation: DegradationSection = DegradationConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     model: ModelSection
     validation: ValidationConfig = ValidationConfig()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from linearsr_platform.errors import RecipeProblem
-from linearsr_platform.recipe.describe import describe, inside, keys_of
+from linearsr_platform.recipe.describe import arm_of, describe, inside, keys_of
 from linearsr_platform.recipe.document import KeyPath, dotted
 from linearsr_platform.recipe.merge import Merged
 from linearsr_platform.recipe.rules import all_rules
@@ -74,9 +74,15 @@ def _translate(detail: ErrorDetails, merged: Merged) -> tuple[KeyPath, RecipePro
     """Say one pydantic error in the words of the schema, with the key it is about."""
     location = detail["loc"]
     path, annotation = _locate(location)
-    value = merged.value(path)
     if detail["type"] in _UNKNOWN_KEY:
-        return location, _unknown_key(location, merged)
+        section, arm = _locate(location[:-1])
+        path = (*section, location[-1])
+        return path, _unknown_key(path, keys_of(arm) or {}, merged)
+    if detail["type"] == "union_tag_invalid":
+        path = (*path, "preset")
+        names = str(detail.get("ctx", {}).get("expected_tags", "")).replace("'", "")
+        return path, _problem(path, _shown(merged.value(path)), f"one of {names}", "", merged)
+    value = merged.value(path)
     if detail["type"] == "missing":
         return path, _problem(path, "", f"this is missing; expected {describe(annotation)}", "", merged)
     if detail["type"] == "value_error":
@@ -91,29 +97,38 @@ def _translate(detail: ErrorDetails, merged: Merged) -> tuple[KeyPath, RecipePro
 
 
 def _locate(location: KeyPath) -> tuple[KeyPath, object]:
-    """Follow an error's location as far as the schema knows it; pydantic appends names of union arms that are no keys."""
+    """Follow an error's location as far as the schema knows it, without the names of union arms, which are no keys."""
     annotation: object = Recipe
-    for depth, part in enumerate(location):
+    path: KeyPath = ()
+    for part in location:
+        arm = arm_of(annotation, part)
+        if arm is not None:
+            annotation = arm
+            continue
         inner = inside(annotation, part)
         if inner is None:
-            return location[:depth], annotation
-        annotation = inner
-    return location, annotation
+            break
+        path, annotation = (*path, part), inner
+    return path, annotation
 
 
-def _unknown_key(location: KeyPath, merged: Merged) -> RecipeProblem:
-    meant = _meant(location)
-    known = keys_of(_locate(location[:-1])[1]) or {}
+def _unknown_key(path: KeyPath, known: Mapping[str, object], merged: Merged) -> RecipeProblem:
+    meant = _nearest(path, known)
     rule = "a known key" if meant else f"a known key ({', '.join(known)})"
     fix = f"did you mean {dotted(meant[0])}?" if meant else "remove it"
-    return _problem(location, _shown(merged.value(location)), rule, fix, merged)
+    return _problem(path, _shown(merged.value(path)), rule, fix, merged)
 
 
 def _meant(location: KeyPath) -> list[KeyPath]:
     """Return the nearest valid key beside an unknown one, in a list that is empty if none is near."""
-    known = keys_of(_locate(location[:-1])[1]) if location else None
-    near = get_close_matches(str(location[-1]), known, n=1) if known else []
-    return [(*location[:-1], key) for key in near]
+    if not location:
+        return []
+    path, section = _locate(location[:-1])
+    return _nearest((*path, location[-1]), keys_of(section) or {})
+
+
+def _nearest(path: KeyPath, known: Mapping[str, object]) -> list[KeyPath]:
+    return [(*path[:-1], key) for key in get_close_matches(str(path[-1]), known, n=1)]
 
 
 def _around(outer: KeyPath, inner: KeyPath) -> bool:

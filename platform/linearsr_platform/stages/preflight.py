@@ -4,6 +4,7 @@ from uuid import uuid4
 
 from linearsr.codec_source import check_codec
 from linearsr.metrics import Meter, MetricError
+from linearsr.opencv import check_installed
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import Recipe
@@ -15,9 +16,10 @@ def check_before_start(recipe: Recipe) -> None:
 
     Raises:
         UserError: saying which, and what to do.
-        CodecError: the same of the codec.
+        CodecError, DegradationError: the same of the codec, and of OpenCV where the degradation needs it.
     """
     check_codec(recipe.model.codec)
+    check_installed(recipe.degradation)
     check_first_weights(recipe.model.init_weights)
     check_writable(recipe.storage)
     if recipe.tracking.uri is not None:

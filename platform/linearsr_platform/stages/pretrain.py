@@ -7,7 +7,7 @@ import torch
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import LatentStatistics
-from linearsr.degradation import augment, degrade
+from linearsr.degradation import augment, degrade_pair
 from linearsr.statistics import measure_statistics
 from linearsr.task import to_pixels
 from linearsr_platform import storage
@@ -64,6 +64,6 @@ def measure(context: RunContext) -> LatentStatistics:
     images = [image for _, image, _ in read_images(shards_of(context, "train"))]
     rng = np.random.default_rng([recipe.seed, STATISTICS_CROPS])
     crops = [augment(images[i % len(images)], recipe.pretrain.crop_px, recipe.augmentation, rng) for i in range(STATISTICS_CROPS)]
-    degraded = [degrade(crop, recipe.model.scale, recipe.degradation, rng) for crop in crops]
-    hr, lr = (to_pixels(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)) for part in (crops, degraded))
+    pairs = [degrade_pair(crop, recipe.model.scale, recipe.degradation, rng) for crop in crops]
+    hr, lr = (to_pixels(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)) for part in zip(*pairs, strict=True))
     return measure_statistics(model_config(context), hr, lr)

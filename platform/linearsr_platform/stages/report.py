@@ -100,7 +100,8 @@ def _labels(context: RunContext) -> dict[EstimateKind, str]:
 
 def _evaluation(context: RunContext) -> dict[str, Any]:
     found = context.results["evaluate"].data
-    protocol = str(found["protocol"]["metrics"])
+    preset = found["protocol"]["degradation"].get("preset", "quickstart")
+    protocol = f"{found['protocol']['metrics']}; degradation {preset}"
     rows = [
         EvaluationRow(kind=kind, label=label, values=found["rows"][kind], per_photograph=found["photographs"][kind])
         for kind, label in _labels(context).items()
