@@ -60,7 +60,7 @@ def fit_all(
     Args:
         jobs: with distinct names, folders and hence checkpoints.
         cluster: how much each worker gets.
-        storage_url: folder for Ray Train's checkpoints.
+        storage_url: folder for the checkpoints of jobs.
         board: told about progress.
         on_poll: called about three times a second with the new events, also if there are none.
         cpus_per_worker: instead of `cluster.cpus_per_worker`.
@@ -81,7 +81,7 @@ def fit_all(
     if queue:
         room = room_of(cluster)
         if cluster.address is None:
-            require_room({job.name: job.train.workers for job in queue}, share, room)
+            require_room({job.name: job.train.least_workers for job in queue}, share, room)
         _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
     return {job.name: results[job.name] for job in jobs}
 
