@@ -15,6 +15,7 @@ import torch
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, TrainingGauges
 from linearsr_platform.data.reader import CropReader, caption_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
@@ -63,7 +64,9 @@ def _train(job: TrainJob, board: ProgressBoard, checkpoints: str) -> None:
     batches = LateReader(lambda states: crop_reader(job, task, rank=context.get_world_rank(), world_size=context.get_world_size()))
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
-    run_training(engine, batches, validation, job, BoardObserver(board, job.name), checkpoints=checkpoints)
+    gauges = TrainingGauges(run=context.get_experiment_name(), job=job.name, rank=context.get_world_rank())
+    observer = MeteredObserver(BoardObserver(board, job.name), gauges)
+    run_training(engine, MeteredBatches(batches, gauges), validation, job, observer, checkpoints=checkpoints)
 
 
 class LateReader:
