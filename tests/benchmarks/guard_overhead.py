@@ -79,7 +79,7 @@ class Timed:
     def state(self) -> dict[str, object]:
         return {}
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, states) -> None:
         pass
 
 

@@ -7,7 +7,6 @@ a bare loop lacks: learning rate, average of weights, collecting and logging met
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ class Alternating:
     def state(self) -> dict[str, object]:
         return {}
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, states) -> None:
         pass
 
 
@@ -71,8 +70,14 @@ class Silent:
     def on_validation(self, step, values, decision) -> None:
         pass
 
-    def on_checkpoint(self, step, folder, values) -> None:
-        shutil.rmtree(folder)
+    def on_start(self, step) -> None:
+        pass
+
+    def on_checkpoint(self, step) -> None:
+        pass
+
+    def on_message(self, step, text) -> None:
+        pass
 
 
 def quickstart_task(crop_px: int) -> SuperResolutionTask:

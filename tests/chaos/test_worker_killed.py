@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
@@ -24,7 +25,9 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tmp_path: Path) -
 
     def kill_one(new) -> None:
         if any(event.kind == "start" for event in new) and not events:
-            actors = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+            # The address, because others may run a cluster on this machine too.
+            address = ray.get_runtime_context().gcs_address
+            actors = list_actors(address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
             workers.extend(actor.pid for actor in actors)
         before = {event.step for event in events}
         events.extend(new)

@@ -1,5 +1,6 @@
 """One trainer with two real workers: Ray Train, DeepSpeed ZeRO-2 over gloo, shards, checkpoints, outcome; and what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from linearsr_platform.cluster.capacity import Room, Share, fits
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.failures import explain
 from linearsr_platform.cluster.session import package_folders
-from linearsr_platform.cluster.worker import checkpoint_name, parse_checkpoint_name
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.train_schema import ZeroConfig
+from linearsr_platform.train.checkpoint_store import names_in
 
 pytestmark = pytest.mark.ray
 
@@ -66,9 +68,55 @@ def test_a_trip_of_the_guard_reaches_the_driver_and_training_goes_on_from_a_chec
     assert outcome.steps == 40
 
 
-def test_names_of_checkpoints_are_read_back_and_never_come_twice() -> None:
-    assert [parse_checkpoint_name(checkpoint_name(*one)) for one in ((120, 0), (120, 3))] == [(120, 0), (120, 3)]
-    assert checkpoint_name(120, 0) == "step_00000120"
+class DriverGone(Exception):
+    """What ends a driver in the middle of a run."""
+
+
+def test_a_run_goes_on_from_a_whole_checkpoint_at_another_stage_to_where_it_would_have_got(cluster, tmp_path: Path) -> None:
+    from toy_training import free_cpus, toy_job
+
+    def leave(new) -> None:
+        events.extend(new)
+        if len([event for event in events if event.kind == "checkpoint"]) == 2:
+            raise DriverGone
+
+    board, events, settings = ProgressBoard.start(), [], {"workers": 2, "max_steps": 40, "checkpoint_every": 10}
+    first = toy_job(tmp_path, "moved", pause_s=0.1, **settings)
+    with pytest.raises(DriverGone):
+        fit_all([first], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=leave)
+    events.clear()
+    (folder,) = (tmp_path / "ray").glob("moved-*/checkpoints")
+    newest, before = names_in(str(folder))[:2]
+    os.truncate(folder / newest / "rank_1.safetensors", 100)
+    second = toy_job(tmp_path, "moved", pause_s=0.1, zero=ZeroConfig(stage=3), accumulation=2, max_failures=7, **settings)
+    moved = fit_all([second], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["moved"]
+    assert [event.step for event in events if event.kind == "start"] == [int(before.removeprefix("step_"))]
+    (message,) = [event.detail["text"] for event in events if event.kind == "message"]
+    assert message.startswith(f"checkpoint {newest} is damaged (rank_1.safetensors has 100 bytes instead of ")
+    assert message.endswith(f"going on from {before}")
+    assert free_cpus() == 2
+    assert list((tmp_path / "ray").iterdir()) == []
+
+    undisturbed = fit_all(
+        [toy_job(tmp_path / "other", "moved", **settings)], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=lambda _: None
+    )["moved"]
+    board.close()
+    assert not isinstance(moved, TrainerFailure), moved
+    assert moved.messages == [message]
+    assert moved.history[0] == undisturbed.history[0]
+    for point, other in zip(moved.history, undisturbed.history, strict=True):
+        assert point == pytest.approx(other, rel=1e-3)
+
+
+def test_an_elastic_trainer_starts_with_the_workers_that_there_is_room_for(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    job, board, events = toy_job(tmp_path, "elastic", workers=4, min_workers=1, batch_size=12), ProgressBoard.start(), []
+    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["elastic"]
+    board.close()
+    assert not isinstance(outcome, TrainerFailure), outcome
+    assert [event.values["workers"] for event in events if event.kind == "start"] == [2]
+    assert outcome.steps == 20
 
 
 def test_a_trainer_that_can_never_start_is_refused_with_the_arithmetic(cluster, tmp_path: Path) -> None:

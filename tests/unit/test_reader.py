@@ -62,7 +62,7 @@ def test_a_restored_reader_goes_on_as_if_never_stopped(shards: list[str], stop: 
     state = json.loads(json.dumps(stopped.state()))
     resumed = reader(shards)
     next(resumed)
-    resumed.restore(state)
+    resumed.restore([state])
     assert resumed.state() == state
     assert all(same(one, other) for one, other in zip(whole[stop:], islice(resumed, 20), strict=True))
 
@@ -73,7 +73,7 @@ def test_every_rank_resumes_by_itself(shards: list[str]) -> None:
         for _ in range(9):
             next(first)
         resumed = reader(shards, rank=rank, world_size=2)
-        resumed.restore(first.state())
+        resumed.restore([first.state()] * 2)
         assert all(same(next(first), next(resumed)) for _ in range(30))
 
 
@@ -81,7 +81,7 @@ def test_every_rank_resumes_by_itself(shards: list[str]) -> None:
 def test_a_state_of_another_run_is_refused(shards: list[str], change: dict[str, int]) -> None:
     state = reader(shards, world_size=2).state()
     with pytest.raises(UserError, match="reader state"):
-        reader(shards, **({"world_size": 2} | change)).restore(state)
+        reader(shards, **({"world_size": 2} | change)).restore([state, state])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

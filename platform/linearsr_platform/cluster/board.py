@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "end", "doing"]
+EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "message", "end", "doing"]
 CAPACITY = 20_000
 """Events kept for a driver that does not read; then the oldest go."""
 
@@ -23,12 +23,14 @@ class Event:
     """Name of the job: `pretrain`, `expert-1`."""
     kind: EventKind
     """`start`: workers begin at `step`, 0 or where they resume; `checkpoint`: from now on they resume at `step`;
-    `trip`: the guard took them back to `step`, or stopped them; `doing`: what a trial of a search is at, in a few words."""
+    `trip`: the guard took them back to `step`, or stopped them; `message`: something went wrong and did not stop them;
+    `doing`: what a trial of a search is at, in a few words."""
     step: int
     values: dict[str, float]
     """Metrics by name."""
     detail: dict[str, Any] = field(default_factory=dict)
-    """Of a validation what the knee detector made of it; of a trip the `Trip`; of an end `stopped_by` or `error`."""
+    """Of a validation what the knee detector made of it; of a trip the `Trip`; of a message its `text`; of an end `stopped_by` or
+    `error`."""
 
 
 class _Board:

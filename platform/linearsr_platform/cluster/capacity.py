@@ -84,8 +84,11 @@ def trials_at_once(share: Share, room: Room, *, wanted: int | None) -> int:
 
 
 def fits(job: TrainJob, running: Sequence[TrainJob], share: Share, room: Room) -> bool:
-    """Tell whether a job has room beside those that run. One job alone always has, as far as memory goes."""
-    workers = sum(other.train.workers for other in (job, *running))
+    """Tell whether a job has room beside those that run. One job alone always has, as far as memory goes.
+
+    An elastic one starts with what it needs at least, and those that run have taken all that they may.
+    """
+    workers = job.train.least_workers + sum(other.train.workers for other in running)
     memory = (1 + len(running)) * TRAINER_BYTES + workers * WORKER_BYTES
     enough_memory = room.memory_bytes is None or not running or memory <= room.memory_bytes
     return workers <= room.workers(share) and enough_memory

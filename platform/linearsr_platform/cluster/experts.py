@@ -1,7 +1,7 @@
 """Several trainers at once, each its own Ray Train run; those that find no room wait their turn."""
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ class TrainerFailure:
     """The worker's traceback."""
     by_user: bool = False
     """Whether it is a mistake of the user."""
+    lost: bool = False
+    """Whether the process that drives the trainer was lost, which says nothing against another try."""
 
 
 Result = TrainOutcome | TrainerFailure
@@ -60,7 +62,7 @@ def fit_all(
     Args:
         jobs: with distinct names, folders and hence checkpoints.
         cluster: how much each worker gets.
-        storage_url: folder for Ray Train's checkpoints.
+        storage_url: folder for the checkpoints of jobs.
         board: told about progress.
         on_poll: called about three times a second with the new events, also if there are none.
         cpus_per_worker: instead of `cluster.cpus_per_worker`.
@@ -81,7 +83,7 @@ def fit_all(
     if queue:
         room = room_of(cluster)
         if cluster.address is None:
-            require_room({job.name: job.train.workers for job in queue}, share, room)
+            require_room({job.name: job.train.least_workers for job in queue}, share, room)
         _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
     return {job.name: results[job.name] for job in jobs}
 
@@ -93,6 +95,7 @@ class _Fleet:
         self._cluster, self._share, self._room = cluster, share, room
         self._storage_url, self._board = storage_url, board
         self._running: dict[Ref, TrainJob] = {}
+        self._restarts: Counter[str] = Counter()
 
     def run(self, queue: deque[TrainJob], on_poll: OnPoll, results: dict[str, Result]) -> None:
         """Work off the queue, in its order."""
@@ -102,7 +105,11 @@ class _Fleet:
                 done, _ = ray.wait(list(self._running), timeout=POLL_S)
                 for ref in done:
                     job = self._running.pop(ref)
-                    results[job.name] = self._collect(ref, job)
+                    result = self._result(ref, job)
+                    if self._again(result, job):
+                        queue.append(job)
+                    else:
+                        results[job.name] = self._told(result, job)
                 on_poll(self._board.drain())
         finally:
             self._cancel()
@@ -114,12 +121,23 @@ class _Fleet:
             ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus)
             self._running[ref] = job
 
-    def _collect(self, ref: Ref, job: TrainJob) -> Result:
+    def _result(self, ref: Ref, job: TrainJob) -> Result:
         try:
-            result = ray.get(ref)
+            return ray.get(ref)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            result = TrainerFailure(name=job.name, message=f"{job.name}: its trainer died: {reason}", details=str(error))
+            return TrainerFailure(name=job.name, message=f"{job.name}: its trainer died: {reason}", details=str(error), lost=True)
+
+    def _again(self, result: Result, job: TrainJob) -> bool:
+        """Say whether a trainer is started anew, from its last checkpoint: Ray restarts workers, but not what drives them."""
+        if isinstance(result, TrainOutcome) or not result.lost or self._restarts[job.name] >= job.train.max_failures:
+            return False
+        self._restarts[job.name] += 1
+        text = f"the process that drives {job.name} was lost; starting it again, from its last checkpoint"
+        self._board.push(job.name, "message", 0, {}, {"text": text})
+        return True
+
+    def _told(self, result: Result, job: TrainJob) -> Result:
         if isinstance(result, TrainOutcome):
             self._board.push(job.name, "end", result.steps, {}, {"stopped_by": result.stopped_by})
         else:
@@ -147,8 +165,8 @@ def _train(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: Progr
     try:
         return fit(job, cluster, storage_url=storage_url, board=board, cpus_per_worker=cpus_per_worker)
     except (UserError, StageError) as error:
-        details = getattr(error, "details", "")
-        return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError))
+        details, lost = getattr(error, "details", ""), getattr(error, "lost", False)
+        return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError), lost=lost)
 
 
 def room_of(cluster: ClusterConfig) -> Room:

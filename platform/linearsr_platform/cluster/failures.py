@@ -17,14 +17,15 @@ LAST_LINES = 3
 class TrainerFailed(StageError):
     """A trainer gave up."""
 
-    def __init__(self, message: str, details: str = "") -> None:
-        """Keep a sentence for everybody, and the worker's traceback for `--verbose`."""
+    def __init__(self, message: str, details: str = "", lost: bool = False) -> None:
+        """Keep a sentence for everybody, the worker's traceback for `--verbose`, and whether the process that drives it was lost."""
         super().__init__(message)
         self.details = details
+        self.lost = lost
 
-    def __reduce__(self) -> tuple[type["TrainerFailed"], tuple[str, str]]:
-        """Travel between processes with both texts."""
-        return TrainerFailed, (str(self), self.details)
+    def __reduce__(self) -> tuple[type["TrainerFailed"], tuple[str, str, bool]]:
+        """Travel between processes whole."""
+        return TrainerFailed, (str(self), self.details, self.lost)
 
 
 class StopAtFinalError(UserCallback):
@@ -60,7 +61,7 @@ def explain(name: str, error: TrainingFailedError | RayError, *, waited: str) ->
         return TrainerFailed(f"{name}: a worker died: it was killed, ran out of memory, or its machine was lost", details)
     if isinstance(cause, RayActorError):
         text = "the process that controls it died: it was killed, ran out of memory, or its machine was lost; fix: run it again, it resumes"
-        return TrainerFailed(f"{name}: {text}", details)
+        return TrainerFailed(f"{name}: {text}", details, lost=True)
     if isinstance(cause, (StageError, ValueError)):
         return TrainerFailed(f"{name}: {cause}", details)
     lines = [line for line in str(cause).splitlines() if line.strip()]

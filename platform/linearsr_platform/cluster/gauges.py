@@ -4,11 +4,10 @@ Ray puts `ray_` before the names here and `_total` behind those of counters, and
 `infra/monitoring` draws and watches them; a contract test compares the names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ray.util.metrics import Counter, Gauge
 
@@ -46,9 +45,9 @@ METRICS = {
     "linearsr_knee_state": MetricSpec("gauge", "1 for what the knee detector says, 0 for the other states.", ("state",)),
     "linearsr_knee_step": MetricSpec("gauge", "Step of the knee; -1 while there is none."),
     # No counter: Ray counters begin with their first increment, and `increase` does not see the step from nothing to one.
-    "linearsr_guard_trips": MetricSpec("gauge", "Trips of the guard in this job, over all its restarts."),
+    "linearsr_guard_trips": MetricSpec("gauge", "Trips of the guard since these workers started."),
+    "linearsr_checkpoint_step": MetricSpec("gauge", "Step that an interrupted run would go on from."),
     "linearsr_data_wait_seconds": MetricSpec("counter", "Seconds a worker waited for batches.", ("rank",)),
-    "linearsr_checkpoint_seconds": MetricSpec("counter", "Seconds a worker stood still to store checkpoints.", ("rank",)),
 }
 """Every metric by the name that is given to Ray."""
 LOGGED = {
@@ -63,15 +62,15 @@ LOGGED = {
 class TrainingGauges:
     """The metrics of one worker."""
 
-    def __init__(self, *, run: str, job: str, rank: int, trips: int) -> None:
-        """Declare the metrics of a worker of `job` whose guard has tripped `trips` times before."""
+    def __init__(self, *, run: str, job: str, rank: int) -> None:
+        """Declare the metrics of a worker of `job`."""
         self._gauges = {name: Gauge(name, spec.description, LABELS + spec.labels) for name, spec in METRICS.items() if spec.kind == "gauge"}
         self._counters = {
             name: Counter(name, spec.description, LABELS + spec.labels) for name, spec in METRICS.items() if spec.kind == "counter"
         }
         self._labels = {"run": run, "job": job}
         self._rank = {**self._labels, "rank": str(rank)}
-        self._trips = trips
+        self._trips = 0
         self._leads = rank == 0
         self.trips(0)
 
@@ -96,6 +95,10 @@ class TrainingGauges:
         if self._leads:
             self._set("linearsr_guard_trips", self._trips)
 
+    def checkpoint(self, step: int) -> None:
+        """Show from where an interrupted run would go on."""
+        self._set("linearsr_checkpoint_step", step)
+
     def spent(self, counter: str, seconds: float) -> None:
         """Add seconds to a counter of this worker."""
         # Ray refuses an increment of nothing, and a coarse clock measures one.
@@ -107,13 +110,17 @@ class TrainingGauges:
 
 
 class MeteredObserver:
-    """Shows what an observer is told, and how long checkpoints take; the other observer does the work."""
+    """Shows what an observer is told; the other observer does the work."""
 
-    def __init__(self, inner: Observer, gauges: TrainingGauges, *, clock: Callable[[], float] = monotonic) -> None:
-        """Pass everything on to `inner`; `clock` is in seconds."""
+    def __init__(self, inner: Observer, gauges: TrainingGauges) -> None:
+        """Pass everything on to `inner`."""
         self._inner = inner
         self._gauges = gauges
-        self._clock = clock
+
+    def on_start(self, step: int) -> None:
+        """Show and pass on that training begins; an interrupted run would go on from there."""
+        self._gauges.checkpoint(step)
+        self._inner.on_start(step)
 
     def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Show and pass on the metrics of the steps since the last call."""
@@ -130,11 +137,14 @@ class MeteredObserver:
         self._gauges.trips(1)
         self._inner.on_trip(step, trip)
 
-    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
-        """Pass on a checkpoint, and count the time it takes to store it."""
-        start = self._clock()
-        self._inner.on_checkpoint(step, folder, values)
-        self._gauges.spent("linearsr_checkpoint_seconds", self._clock() - start)
+    def on_checkpoint(self, step: int) -> None:
+        """Show and pass on a checkpoint that is complete."""
+        self._gauges.checkpoint(step)
+        self._inner.on_checkpoint(step)
+
+    def on_message(self, step: int, text: str) -> None:
+        """Pass on what went wrong without stopping training."""
+        self._inner.on_message(step, text)
 
 
 class MeteredBatches:
@@ -161,6 +171,6 @@ class MeteredBatches:
         """Return where the other source is."""
         return self._inner.state()
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue the other source."""
-        self._inner.restore(state)
+        self._inner.restore(states)

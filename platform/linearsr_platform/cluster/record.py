@@ -13,15 +13,19 @@ OUTCOME_FILE = "outcome.json"
 
 
 def job_hash(job: TrainJob) -> str:
-    """Return the identity of a job: everything in it but how often it may be restarted."""
+    """Return the identity of a job: everything that decides what it computes, and nothing of where it does so."""
     content = TypeAdapter(TrainJob).dump_python(job, mode="json")
-    del content["train"]["max_failures"]
-    return stable_hash(content)
+    return stable_hash({**content, "train": job.train.decisive()})
 
 
 def run_name(job: TrainJob) -> str:
-    """Return the name under which Ray Train keeps and finds the checkpoints of exactly this job."""
+    """Return the name of the folder of exactly this job in its storage, of its checkpoints and what Ray Train keeps."""
     return f"{job.name}-{job_hash(job)[:12]}"
+
+
+def checkpoints_url(storage_url: str, job: TrainJob) -> str:
+    """Return the folder of the checkpoints of exactly this job; another recipe never finds it."""
+    return storage.join(storage_url, run_name(job), "checkpoints")
 
 
 def finished_outcome(job: TrainJob) -> TrainOutcome | None:

@@ -8,22 +8,19 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.callback import RayTrainCallback
 
 # What `ray.train` exports at run time; type checkers see the former version there.
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
-from linearsr_platform.cluster.record import claim_folder, finished_outcome, run_name
+from linearsr_platform.cluster.record import checkpoints_url, claim_folder, finished_outcome, run_name
 from linearsr_platform.cluster.session import QUEUE_POLL_S
 from linearsr_platform.cluster.worker import train_worker
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import TrainOutcome
-
-CHECKPOINTS_KEPT = 2
-"""One more than needed, so that a broken last one is not the end."""
 
 
 def fit(
@@ -36,7 +33,7 @@ def fit(
     Args:
         job: what to do.
         cluster: how much each worker gets.
-        storage_url: folder for Ray Train's checkpoints; they go when the job is finished.
+        storage_url: folder for the checkpoints of jobs; they go when the job is finished.
         board: told about progress.
         cpus_per_worker: instead of `cluster.cpus_per_worker`.
 
@@ -51,7 +48,7 @@ def fit(
         cpus = cpus_per_worker or cluster.cpus_per_worker
         trainer = _trainer(job, cluster, storage.absolute(storage_url), board, cpus)
         waited = (
-            f"found no room for {job.train.workers} workers of {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs in "
+            f"found no room for {job.train.least_workers} workers of {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs in "
             f"{cluster.queue_timeout_s:g} s; fix: wait for other work to end, or raise cluster.queue_timeout_s"
         )
         try:
@@ -75,13 +72,13 @@ class _LeanTrainer(TorchTrainer):
 
 def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> TorchTrainer:
     gpus = cluster.gpus_per_worker
-    threads = max(1, int(cpus))
+    threads, least = max(1, int(cpus)), job.train.min_workers
     return _LeanTrainer(
         train_worker,
         # The job by reference: Ray Train's own processes then need not import what is in it.
-        train_loop_config={"job": ray.put(job), "board": board, "threads": threads},
+        train_loop_config={"job": ray.put(job), "board": board, "threads": threads, "checkpoints": checkpoints_url(storage_url, job)},
         scaling_config=ScalingConfig(
-            num_workers=job.train.workers,
+            num_workers=job.train.workers if least is None else (least, job.train.workers),
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
@@ -92,7 +89,6 @@ def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: Pro
                 max_failures=job.train.max_failures,
                 controller_failure_limit=ceil(cluster.queue_timeout_s / min(QUEUE_POLL_S, cluster.queue_timeout_s)) - 1,
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             callbacks=[StopAtFinalError()],
             # OpenCV, which degrades crops, otherwise takes all cores of the machine, for operations of a millisecond.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OPENCV_FOR_THREADS_NUM": str(threads)}},

@@ -1,12 +1,11 @@
 """What a Ray Train worker runs: it builds the parts that the training loop needs and tells the board how it goes."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from traceback import format_exception
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import ray
@@ -16,24 +15,23 @@ import torch
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, TrainingGauges
 from linearsr_platform.data.reader import CropReader, caption_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, BatchSource, Task
-
-CHECKPOINT_PREFIX = "step_"
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train one job as one worker of a Ray Train group, from the run's last checkpoint if there is one.
 
     Args:
-        config: `job`, a reference to a `TrainJob`; `board`, the `ProgressBoard`; `threads` for torch.
+        config: `job`, a reference to a `TrainJob`; `board`, the `ProgressBoard`; `threads` for torch; `checkpoints`, their folder.
     """
     torch.set_num_threads(config["threads"])
     keep_mlflow_out()
     with _TracebackInNotes():
-        _train(ray.get(config["job"]), config["board"])
+        _train(ray.get(config["job"]), config["board"], config["checkpoints"])
 
 
 def keep_mlflow_out() -> None:
@@ -55,25 +53,51 @@ class _TracebackInNotes:
             error.add_note("".join(format_exception(error)))
 
 
-def _train(job: TrainJob, board: ProgressBoard) -> None:
+def _train(job: TrainJob, board: ProgressBoard, checkpoints: str) -> None:
     # After mlflow was put out of DeepSpeed's reach.
     from linearsr_platform.train.engine import DeepSpeedEngine
     from linearsr_platform.train.loop import run_training
 
     context = ray.train.get_context()
+    job = replace(job, train=job.train.on_workers(context.get_world_size()))
     task = job.build_task()
-    batches = crop_reader(job, task, rank=context.get_world_rank(), world_size=context.get_world_size())
+    batches = LateReader(lambda states: crop_reader(job, task, rank=context.get_world_rank(), world_size=context.get_world_size()))
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
-    checkpoint = ray.train.get_checkpoint()
-    with ExitStack() as stack:
-        resume, step, trips = None, 0, 0
-        if checkpoint is not None:
-            resume = Path(stack.enter_context(checkpoint.as_directory()))
-            step, trips = parse_checkpoint_name(PurePosixPath(checkpoint.path).name)
-        observer = BoardObserver(board, job.name, trips)
-        observer.on_start(step)
-        run_training(engine, batches, validation, job, observer, resume=resume)
+    gauges = TrainingGauges(run=context.get_experiment_name(), job=job.name, rank=context.get_world_rank())
+    observer = MeteredObserver(BoardObserver(board, job.name), gauges)
+    run_training(engine, MeteredBatches(batches, gauges), validation, job, observer, checkpoints=checkpoints)
+
+
+class LateReader:
+    """Satisfies `train.protocols.BatchSource`: makes the reader when it is known what an earlier attempt has read."""
+
+    def __init__(self, make: Callable[[Sequence[Mapping[str, Any]] | None], BatchSource]) -> None:
+        """Make nothing yet; `make` is given the states of all workers that wrote the checkpoint, or None at a run's first step."""
+        self._make = make
+        self._reader: BatchSource | None = None
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next micro-batch."""
+        return next(self._opened())
+
+    def state(self) -> dict[str, object]:
+        """Return where the reader is."""
+        return self._opened().state()
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Make the reader anew, at the place that the states of all workers tell."""
+        self._reader = self._make(states)
+        self._reader.restore(states)
+
+    def _opened(self) -> BatchSource:
+        if self._reader is None:
+            self._reader = self._make(None)
+        return self._reader
 
 
 def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int) -> BatchSource:
@@ -101,34 +125,18 @@ def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[st
     return [{name: torch.from_numpy(np.stack([example[name] for example in chunk])) for name in chunk[0]} for chunk in chunks]
 
 
-def checkpoint_name(step: int, trips: int) -> str:
-    """Return the name of a checkpoint: its step, and how often the guard had tripped.
-
-    After a rollback a step comes again, and Ray Train must not take its new checkpoint for the old one, which it deletes in time.
-    """
-    return f"{CHECKPOINT_PREFIX}{step:08d}" + (f"-{trips}" if trips else "")
-
-
-def parse_checkpoint_name(name: str) -> tuple[int, int]:
-    """Return step and trips from what `checkpoint_name` made."""
-    step, _, trips = name.removeprefix(CHECKPOINT_PREFIX).partition("-")
-    return int(step), int(trips or 0)
-
-
 class BoardObserver:
-    """Tells the board what happens, and hands checkpoints to Ray Train."""
+    """Tells the board what happens."""
 
-    def __init__(self, board: ProgressBoard, source: str, trips: int) -> None:
-        """Speak for one worker of the job `source`, whose guard has tripped `trips` times before."""
+    def __init__(self, board: ProgressBoard, source: str) -> None:
+        """Speak for the job `source`."""
         self._board = board
         self._source = source
-        self._trips = trips
         self._leads = ray.train.get_context().get_world_rank() == 0
 
     def on_start(self, step: int) -> None:
         """Say that training begins, at `step` if it resumes."""
-        if self._leads:
-            self._board.push(self._source, "start", step, {"workers": ray.train.get_context().get_world_size()})
+        self._board.push(self._source, "start", step, {"workers": ray.train.get_context().get_world_size()})
 
     def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Pass on the metrics of the steps since the last call."""
@@ -140,24 +148,13 @@ class BoardObserver:
 
     def on_trip(self, step: int, trip: Trip) -> None:
         """Pass on a trip of the guard."""
-        self._trips += 1
         if self._leads:
             self._board.push(self._source, "trip", step, {}, trip.to_json())
 
-    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
-        """Store this worker's share and return when the run would resume from it.
+    def on_checkpoint(self, step: int) -> None:
+        """Say that a run that is interrupted now resumes at `step`."""
+        self._board.push(self._source, "checkpoint", step, {})
 
-        The upload is synchronous, and worker 0 also waits for Ray Train's controller to take note (half a polling interval; the
-        others meet it at the next step). Ray's asynchronous mode would lose more than one checkpoint interval to a worker that
-        dies before it is through.
-        """
-        ray.train.report(
-            {"step": step, **values},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=checkpoint_name(step, self._trips),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
-        if self._leads:
-            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
-            self._board.push(self._source, "checkpoint", step, {})
+    def on_message(self, step: int, text: str) -> None:
+        """Pass on what went wrong without stopping training."""
+        self._board.push(self._source, "message", step, {}, {"text": text})

@@ -171,13 +171,14 @@ class CropReader:
         """Return, JSON-able, where the next batch starts. It belongs to this rank: every rank keeps its own."""
         return {**self._identity(), **asdict(self._start), "offset": self._offset}
 
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state`: the next batches are those that would have come then.
+    def restore(self, states: Sequence[Mapping[str, int]]) -> None:
+        """Go on from the `state` of every rank: the next batches are those that would have come then.
 
         Raises:
             UserError: if the state is of a reader with other arguments.
         """
         expected = self._identity()
+        state = states[self._rank] if len(states) == self._world_size else {"world_size": len(states)}
         got = {name: state.get(name) for name in expected}
         if got != expected:
             raise UserError(f"reader state: got {got}; expected {expected}; fix: resume with the same data, seed, workers and rank")

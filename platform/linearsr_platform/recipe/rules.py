@@ -73,6 +73,7 @@ def _stage_rules(where: str) -> Iterator[Rule]:
         return Rule(needs, lambda recipe: check(recipe, where, recipe.training_stage(where)))
 
     yield rule(_batch_divides, ("batch_size", "workers", "accumulation"))
+    yield rule(_elastic_divides, ("batch_size", "workers", "min_workers"))
     yield rule(_warmup_ends, ("warmup_steps", "max_steps"))
     yield rule(_crop_fits, ("crop_px",), ("model.codec",))
     yield rule(_knee_is_measured, ("knee.metrics",), ("validation.metrics",))
@@ -217,6 +218,19 @@ def _batch_divides(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken
     parts = stage.workers * stage.accumulation
     if stage.batch_size % parts:
         yield Broken(f"{where}.batch_size", stage.batch_size, f"a multiple of workers x accumulation = {parts}")
+
+
+def _elastic_divides(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    least = stage.min_workers
+    if least is None:
+        return
+    if least > stage.workers:
+        yield Broken(f"{where}.min_workers", least, f"at most workers, {stage.workers}")
+    uneven = [count for count in range(least, stage.workers) if stage.batch_size % count]
+    if uneven:
+        yield Broken(
+            f"{where}.batch_size", stage.batch_size, f"a multiple of every number of workers from min_workers on, also of {uneven[0]}"
+        )
 
 
 def _warmup_ends(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:

@@ -1,12 +1,17 @@
 """Settings of a training stage and of its validation. Imports no torch."""
 
-from typing import Annotated, Literal
+from math import ceil
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from linearsr.config import MIN_POINTS
 from linearsr.guard import GuardConfig
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, NotNegative, Positive, Section
+
+PLACEMENT = frozenset({"workers", "min_workers", "accumulation", "zero", "loader_workers", "max_failures", "keep_checkpoints"})
+"""Keys of a training stage that say where it runs, and not what it computes: a run whose recipe changes them is still the same run."""
 
 
 class ZeroConfig(Section):
@@ -61,13 +66,17 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     zero: ZeroConfig = ZeroConfig()
     workers: Count = 1
-    """Ray Train workers of one trainer."""
+    """Ray Train workers of one trainer. May change between attempts of a run; the batch is shared out anew."""
+    min_workers: Count | None = None
+    """Workers to go on with while the cluster has no room for all; unset waits for all of them."""
     log_every: Count = 10
     """Steps between batches of logged metrics."""
     validate_every: Count = 100
     """Steps between validations; each also writes an EMA snapshot."""
     checkpoint_every: Count = 100
-    """Steps between full checkpoints; a lost worker costs at most this many steps."""
+    """Steps between full checkpoints; a lost worker costs at most this many steps, and those taken while one was being written."""
+    keep_checkpoints: Count = 2
+    """Full checkpoints to keep; one more than is needed, in case the last is damaged."""
     max_failures: CountOrZero = 3
     """Worker-group restarts before the stage fails."""
     crops_per_image: Count = 8
@@ -80,6 +89,33 @@ class TrainConfig(Section):
     def micro_batch_size(self) -> int:
         """Crops of one forward on one worker."""
         return self.batch_size // (self.workers * self.accumulation)
+
+    @property
+    def least_workers(self) -> int:
+        """Workers that it can start with."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    def on_workers(self, workers: int) -> "TrainConfig":
+        """Return the same training on another number of workers: the same batch, in micro-batches that are no larger.
+
+        Raises:
+            UserError: if the batch cannot be shared out evenly.
+        """
+        if workers == self.workers:
+            return self
+        if self.batch_size % workers:
+            raise UserError(
+                f"train.batch_size: got {self.batch_size} for {workers} workers; expected a multiple of them; fix: train.workers, "
+                "or train.min_workers"
+            )
+        each = self.batch_size // workers
+        parts = range(ceil(each / self.micro_batch_size), each + 1)
+        accumulation = next(count for count in parts if each % count == 0)
+        return self.model_copy(update={"workers": workers, "min_workers": None, "accumulation": accumulation})
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide what is computed, as JSON; all but `PLACEMENT`."""
+        return self.model_dump(mode="json", exclude=set(PLACEMENT))
 
 
 class ValidationConfig(Section):

@@ -10,7 +10,7 @@ from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.report.search_model import TrialRow
 from linearsr_platform.tracking.runs import TrackedRun, Tracker
 
-EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "end", "doing", "state"]
+EventKind = Literal["start", "metrics", "validation", "checkpoint", "trip", "message", "end", "doing", "state"]
 
 
 class Display(Protocol):

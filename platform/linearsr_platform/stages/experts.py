@@ -23,7 +23,8 @@ def expert_names(context: RunContext) -> list[str]:
 
 def settings(context: RunContext) -> object:
     """Return the experts' section; the parent network is a need."""
-    return context.recipe.experts.model_dump(mode="json", exclude={"cpus_per_worker"})
+    section = context.recipe.experts
+    return {**section.model_dump(mode="json", exclude={"cpus_per_worker"}), "train": section.train.decisive()}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:

@@ -8,7 +8,8 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 def settings(context: RunContext) -> object:
     """Return the fine-tuning section; the experts are a need."""
-    return context.recipe.finetune.model_dump(mode="json")
+    section = context.recipe.finetune
+    return {**section.model_dump(mode="json"), "train": section.train.decisive()}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:

@@ -122,10 +122,7 @@ def run_jobs(
 
     def on_poll(events: Iterable[Event]) -> None:
         for event in events:
-            train = by_name[event.source].train
-            context.display.trainer_event(
-                event.source, event.kind, event.step, event.values, train.max_steps, train.max_seconds, _state(event)
-            )
+            _show(context, event, by_name[event.source].train)
             prefix = "validation/" if event.kind == "validation" else "train/"
             if event.kind in ("validation", "metrics"):
                 runs[event.source].log_metrics(event.step, {prefix + name: value for name, value in event.values.items()})
@@ -157,6 +154,14 @@ def run_jobs(
     if failed:
         raise _failure(failed, done)
     return done
+
+
+def _show(context: RunContext, event: Event, train: TrainConfig) -> None:
+    """Pass an event on to the user, but for checkpoints: one is complete some steps after it was taken, and changes nothing to see."""
+    if event.kind == "message":
+        context.display.message(f"{event.source}: {event.detail['text']}")
+    elif event.kind != "checkpoint":
+        context.display.trainer_event(event.source, event.kind, event.step, event.values, train.max_steps, train.max_seconds, _state(event))
 
 
 def _failure(failed: Mapping[str, TrainerFailure], done: Mapping[str, TrainOutcome]) -> UserError | StageError:
@@ -197,7 +202,9 @@ def describe(outcomes: Mapping[str, TrainOutcome]) -> str:
 
 
 def _rollbacks(outcome: TrainOutcome) -> str:
-    return f" ({len(outcome.trips)} rolled back)" if outcome.trips else ""
+    parts = [f"{len(outcome.trips)} rolled back"] if outcome.trips else []
+    parts += [f"trouble with {len(outcome.messages)} checkpoints"] if outcome.messages else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _knee(outcome: TrainOutcome) -> str:
@@ -230,7 +237,11 @@ def _log_outcome(run: TrackedRun, outcome: TrainOutcome) -> None:
         # Whole: those before a restart of this process too.
         run.log_trips([Trip(**trip) for trip in outcome.trips])
     run.set_tags({"stopped_by": outcome.stopped_by, "knee_weights": outcome.knee_weights})
-    run.log_params({"outcome": {key: value for key, value in outcome.to_json().items() if key not in ("history", "decision", "trips")}})
+    if outcome.messages:
+        run.set_tags({"messages": "; ".join(outcome.messages)})
+    run.log_params(
+        {"outcome": {key: value for key, value in outcome.to_json().items() if key not in ("history", "decision", "trips", "messages")}}
+    )
 
 
 def statistics_data(statistics: LatentStatistics) -> dict[str, Any]:

@@ -13,14 +13,16 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 
 def settings(context: RunContext) -> object:
-    """Return the data section, the tables' contents and which files the sources hold now, so new photographs are noticed."""
+    """Return the data section, the tables' contents and which files the sources hold now, so new photographs are noticed.
+
+    Not the number of workers, although a fresh run has a shard for each at least: a run may go on with others.
+    """
     data = context.recipe.data
     tables = {source.table for source in data.sources.values() if source.table}
-    found = {
+    found: dict[str, object] = {
         "data": data.model_dump(mode="json"),
         "tables": {table: stable_hash(_table(context, table)) for table in sorted(tables)},
         "files": {name: sorted(list_source(name, source)) for name, source in sorted(data.sources.items())},
-        "workers": _most_workers(context),
     }
     text = context.recipe.model.text
     # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.

@@ -27,10 +27,10 @@ NAME = "pretrain"
 def settings(context: RunContext) -> object:
     """Return every section that the trained network depends on, and the hashes of codec and first weights, which have no place in them."""
     recipe = context.recipe
-    sections = ("degradation", "augmentation", "model", "validation", "pretrain")
+    sections = ("degradation", "augmentation", "model", "validation")
     dump = recipe.model_dump(mode="json")
     hashes = {"codec": codec_digest(codec_of(context)), "init_weights": _content_hash(recipe.model.init_weights)}
-    return {"seed": recipe.seed, **hashes, **{name: dump[name] for name in sections}}
+    return {"seed": recipe.seed, **hashes, **{name: dump[name] for name in sections}, NAME: recipe.pretrain.decisive()}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:

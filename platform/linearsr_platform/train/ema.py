@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from linearsr_platform.train.layout import Span, spans
 from linearsr_platform.train.protocols import Engine
 
 
@@ -41,6 +42,10 @@ class ExponentialAverage:
     def tensors(self) -> list[Tensor]:
         """Return this worker's share of the average, in a fixed order."""
         return self._averages
+
+    def spans(self) -> list[Span]:
+        """Return the live average as runs of the parameters that it is of, as far as this worker has them."""
+        return spans("average", self._engine.layout, self._averages, replicated=self._engine.zero_stage == 0)
 
     @torch.no_grad()
     def restore(self, tensors: Sequence[Tensor]) -> None:

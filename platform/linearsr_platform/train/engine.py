@@ -1,7 +1,6 @@
 """The engine: one network under DeepSpeed, sharded over the workers of the process group by ZeRO."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import deepspeed
 import deepspeed.ops
@@ -19,11 +18,9 @@ from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.train import sharding
 from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_config
 from linearsr_platform.train.examination import Journal
+from linearsr_platform.train.layout import Span, layout, spans, untrained_spans
 from linearsr_platform.train.processes import join_group, rank, world_size
 from linearsr_platform.train.protocols import Batch, Sighting, StepResult, Task
-
-CHECKPOINT_TAG = "engine"
-"""Folder of DeepSpeed's files inside a checkpoint."""
 
 
 class StepModule(nn.Module):
@@ -56,7 +53,7 @@ class DeepSpeedEngine:
             init_weights: URL of safetensors to start from.
 
         Raises:
-            ValueError: if the process group has another size than the recipe says.
+            ValueError: if the process group has another size than the config says; see `TrainConfig.on_workers`.
             StageError: if `init_weights` are not of this network.
         """
         join_group()
@@ -67,7 +64,8 @@ class DeepSpeedEngine:
         module = StepModule(task, self.generator)
         if init_weights is not None:
             _load_weights(module.network, init_weights)
-        self._stage = config.zero.stage
+        self.zero_stage: int = config.zero.stage
+        self.precision: str = config.precision
         self._clip_norm = None if clips_itself(config) else config.clip_norm
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
@@ -79,6 +77,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, num_parameters), dist_init_required=False
         )
+        self.layout = layout(self._network, self._engine.optimizer, self.zero_stage)
 
     def train_step(self, batches: Iterable[Batch], lr: float, *, probe: bool = False, loss_limit: float | None = None) -> StepResult:
         """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`; see the protocol."""
@@ -116,13 +115,13 @@ class DeepSpeedEngine:
             result = self._step(batches, 0.0, probe=False, loss_limit=None, before_backward=journal.watch_gradients)
         return result, journal.sightings()
 
-    def capture(self) -> sharding.Shares:
-        """Copy this worker's weights and moments to host memory."""
-        return sharding.capture(self._engine.optimizer, self._stage)
+    def capture(self, into: sharding.Shares | None = None) -> sharding.Shares:
+        """Copy this worker's weights and moments to host memory, that of an earlier copy if it is given."""
+        return sharding.capture(self._engine.optimizer, self.zero_stage, into)
 
     def restore(self, captured: sharding.Shares) -> None:
         """Set weights and moments to what `capture` returned on each worker."""
-        sharding.restore(self._engine.optimizer, self._stage, captured)
+        sharding.restore(self._engine.optimizer, self.zero_stage, captured)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -134,30 +133,35 @@ class DeepSpeedEngine:
 
     def master_weights(self) -> list[Tensor]:
         """Return the float32 weights that this worker owns, in a fixed order."""
-        return sharding.master_weights(self._engine.optimizer, self._stage)
+        return sharding.master_weights(self._engine.optimizer, self.zero_stage)
 
     def publish(self) -> None:
         """Make the network use the master weights of all workers."""
-        sharding.publish(self._engine.optimizer, self._stage)
+        sharding.publish(self._engine.optimizer, self.zero_stage)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return the state dict of the task's network, parameters in float32, on the CPU; empty on workers other than 0."""
         weights = sharding.full_weights(self._network, self._engine.optimizer)
         return weights if rank() == 0 else {}
 
-    def save(self, folder: Path) -> None:
-        """Write network and optimizer below `folder`; each worker writes its own share."""
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+    def spans(self) -> list[Span]:
+        """Return live weights, moments if there are any yet, buffers and frozen parameters, as far as this worker has them."""
+        optimizer, stage = self._engine.optimizer, self.zero_stage
+        found = spans("weight", self.layout, self.master_weights(), replicated=stage == 0)
+        moments = sharding.moments(optimizer, stage)
+        if moments and all(moments):
+            for name in sharding.MOMENTS:
+                found += spans(name, self.layout, [one[name] for one in moments], replicated=stage == 0)
+        return found + untrained_spans(self._network, stage)
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, given the shares of all workers in one folder.
+    def optimizer_step(self) -> float | None:
+        """Return the number of updates that AdamW has counted; None before the first, or where this worker owns nothing."""
+        moments = sharding.moments(self._engine.optimizer, self.zero_stage)
+        return float(moments[0]["step"]) if moments and all(moments) else None
 
-        Raises:
-            StageError: if DeepSpeed finds no checkpoint there.
-        """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if path is None:
-            raise StageError(f"checkpoint: got {folder}; expected DeepSpeed's files in it; fix: delete it, an earlier one is used then")
+    def prepare_moments(self, step: float | None) -> None:
+        """Make room for the moments of `step` updates; None takes them away."""
+        sharding.prepare_moments(self._engine.optimizer, self.zero_stage, step)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the engine is of no use afterwards."""

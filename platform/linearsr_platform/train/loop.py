@@ -3,17 +3,15 @@
 Every worker runs it. All of them take the same branches, because every decision depends on numbers they share.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from time import monotonic
 
 from linearsr.guard import Fault
 from linearsr.knee import KneeDecision, KneeDetector
 from linearsr.metric_table import metric_spec
 from linearsr_platform import storage
-from linearsr_platform.train.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from linearsr_platform.train.checkpoint import Checkpoints, LoopState
 from linearsr_platform.train.ema import ExponentialAverage
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import StopReason, TrainOutcome
@@ -36,7 +34,8 @@ def run_training(
     job: TrainJob,
     observer: Observer,
     *,
-    resume: Path | None = None,
+    checkpoints: str | None = None,
+    before: str | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> TrainOutcome:
     """Train until the knee is confirmed, or the steps or seconds are used up. Called by every worker of the trainer.
@@ -48,8 +47,10 @@ def run_training(
         batches: this worker's micro-batches.
         validation: all validation batches, the same on every worker.
         job: what to do.
-        observer: who is told; takes over each checkpoint folder.
-        resume: local folder of a checkpoint with the shares of all workers. One of a finished run gives its outcome again.
+        observer: who is told.
+        checkpoints: folder of the job's checkpoints. Training goes on from the newest that is whole; one of a finished run gives its
+            outcome again. None keeps none.
+        before: folder of another job's checkpoints to start from if there are none.
         clock: seconds that only ever rise.
 
     Returns:
@@ -58,17 +59,21 @@ def run_training(
     Raises:
         ValueError: if there is nothing to validate on.
         TrainingDiverged: if the guard has tripped more often in a row than it may, or at all where it is off.
+        StageError: if too many checkpoints in a row could not be written.
     """
     if not validation:
         raise ValueError(f"job {job.name}: got no validation batches; expected at least one; fix: raise data.validation_px")
-    loop = _Loop(engine, batches, validation, job, observer, clock)
-    loop.start(resume)
-    while True:
-        while (reason := loop.stop_reason()) is None:
-            loop.step()
-        outcome = loop.finish(reason)
-        if outcome is not None:
-            return outcome
+    loop = _Loop(engine, batches, validation, job, observer, clock, checkpoints)
+    try:
+        loop.start(before)
+        while True:
+            while (reason := loop.stop_reason()) is None:
+                loop.step()
+            outcome = loop.finish(reason)
+            if outcome is not None:
+                return outcome
+    finally:
+        loop.close()
 
 
 class _Loop:
@@ -82,6 +87,7 @@ class _Loop:
         job: TrainJob,
         observer: Observer,
         clock: Callable[[], float],
+        checkpoints: str | None,
     ) -> None:
         self._engine, self._batches, self._validation = engine, batches, validation
         self._job, self._observer, self._clock = job, observer, clock
@@ -94,7 +100,25 @@ class _Loop:
         self._snapshots: Snapshots
         self._metrics: dict[str, float] = {}
         self._saved_step: int | None = None
+        self._checkpoints = None if checkpoints is None else self._open(checkpoints)
         self._watch_anew()
+
+    def _open(self, url: str) -> Checkpoints:
+        return Checkpoints(
+            url,
+            self._engine,
+            self._average,
+            keep=self._config.keep_checkpoints,
+            codec=self._job.codec_digest,
+            seed=self._job.seed,
+            on_complete=self._on_complete,
+            on_message=self._on_message,
+        )
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
     def _watch_anew(self) -> None:
         """Start with a detector that has seen nothing."""
@@ -103,18 +127,21 @@ class _Loop:
         self._detector = KneeDetector(orientations, patience=knee.patience, min_points=knee.min_points)
         self._decision: KneeDecision
 
-    def start(self, resume: Path | None) -> None:
+    def start(self, before: str | None) -> None:
         """Restore a checkpoint, or take the baseline validation of a fresh run."""
-        if resume is not None:
-            self._state = load_checkpoint(resume, self._engine, self._average, codec=self._job.codec_digest)
-            self._batches.restore(self._state.batches)
-            self._saved_step = self._state.step
+        resumed, said = (None, []) if self._checkpoints is None else self._checkpoints.restore(self._batches, before=before)
+        if resumed is not None:
+            self._state, self._saved_step = resumed, resumed.step
+        if rank() == 0:
+            self._observer.on_start(self._state.step)
+        for text in said:
+            self._on_message(text)
         # Seconds that earlier attempts spent count as if this one had started that much sooner.
         self._started = self._clock() - self._state.seconds
         if rank() == 0:
             storage.remove(self._outcome_url)
         url = storage.join(self._job.output_url, SNAPSHOT_FOLDER)
-        last_step = None if resume is None else self._state.step
+        last_step = None if resumed is None else self._state.step
         self._snapshots = Snapshots(url, self._config.knee.keep, last_step=last_step, codec=self._job.codec_digest)
         for point in self._state.history:
             self._decide(point)
@@ -169,6 +196,8 @@ class _Loop:
             self._checkpoint()
         best = self._detector.best_step()
         knee_step = None if best is None else self._snapshots.nearest(best)
+        if self._checkpoints is not None:
+            self._checkpoints.settle(wait_for_it=True)
         outcome = TrainOutcome(
             steps=state.step,
             stopped_by=reason,
@@ -180,6 +209,7 @@ class _Loop:
             seconds=self._clock() - self._started,
             samples_per_s=state.step * self._config.batch_size / max(state.train_seconds, 1e-9),
             trips=[trip.to_json() for trip in state.trips],
+            messages=state.messages,
         )
         if rank() == 0:
             storage.write_json(self._outcome_url, outcome.to_json())
@@ -206,6 +236,9 @@ class _Loop:
         self._mark = now
         if rank() == 0:
             self._observer.on_metrics(state.step, self._metrics)
+        if self._checkpoints is not None:
+            # Here and not in every step, because the workers wait for each other to say how far they are.
+            self._checkpoints.settle(wait_for_it=False)
         return None
 
     def _validate(self) -> Fault | None:
@@ -244,10 +277,16 @@ class _Loop:
         self._decision = self._detector.update(int(point["step"]), {name: point[name] for name in self._config.knee.metrics})
 
     def _checkpoint(self) -> None:
-        state = self._state
-        state.batches = self._batches.state()
-        folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
-        save_checkpoint(folder, self._engine, self._average, state, codec=self._job.codec_digest)
-        self._saved_step = state.step
-        self._observer.on_checkpoint(state.step, folder, self._metrics)
+        self._saved_step = self._state.step
+        if self._checkpoints is not None:
+            self._checkpoints.save(self._state, self._batches)
         self._mark = self._clock()
+
+    def _on_complete(self, step: int) -> None:
+        if rank() == 0:
+            self._observer.on_checkpoint(step)
+
+    def _on_message(self, text: str) -> None:
+        self._state.messages.append(text)
+        if rank() == 0:
+            self._observer.on_message(self._state.step, text)

@@ -31,6 +31,9 @@ class TrainOutcome:
     trips: list[dict[str, Any]] = field(default_factory=list)
     """Trips of the guard that training recovered from, each a `linearsr.guard.Trip`."""
 
+    messages: list[str] = field(default_factory=list)
+    """What else went wrong without stopping training, such as checkpoints that could not be written or read."""
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
@@ -43,6 +46,6 @@ class TrainOutcome:
             ValueError: if fields are missing or unknown.
         """
         names = set(cls.__dataclass_fields__)
-        if not isinstance(value, dict) or {*value, "trips"} != names:
+        if not isinstance(value, dict) or {*value, "trips", "messages"} != names:
             raise ValueError(f"outcome: got {value!r:.200}; expected an object with {sorted(names)}")
         return cls(**value)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr.tags import Caption
+from linearsr_platform.train.layout import Piece, Span
 
 Batch = dict[str, Tensor]
 """One micro-batch: name -> (B, ...) tensor."""
@@ -57,8 +57,11 @@ class BatchSource(Iterator[Batch], Protocol):
         """Return where the stream is, as JSON."""
         ...
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Continue from a `state`, so that the next batch is the one that would have come."""
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the `state` of every worker at one step, so that the next batch is the one that would have come.
+
+        Where their number is another than the present one, so that together the workers give what would have come.
+        """
         ...
 
 
@@ -96,6 +99,10 @@ class Engine(Protocol):
     """Where this worker's training noise comes from."""
     attentions: tuple[str, ...]
     """Names of the network's linear attentions, in network order."""
+    layout: tuple[Piece, ...]
+    """Where the trained parameters are among this worker's master weights."""
+    zero_stage: int
+    precision: str
 
     def train_step(self, batches: Iterable[Batch], lr: float, *, probe: bool = False, loss_limit: float | None = None) -> StepResult:
         """Accumulate the gradients of the micro-batches and move the weights once, at learning rate `lr`.
@@ -112,8 +119,8 @@ class Engine(Protocol):
         """Take a step while looking at every part of the network, in the order of computation. Leaves weights and moments spoilt."""
         ...
 
-    def capture(self) -> object:
-        """Copy this worker's weights and moments to host memory."""
+    def capture(self, into: Any = None) -> object:
+        """Copy this worker's weights and moments to host memory, that of an earlier copy if it is given."""
         ...
 
     def restore(self, captured: Any) -> None:
@@ -136,30 +143,42 @@ class Engine(Protocol):
         """Return the state dict of the task's network, parameters in float32, on the CPU; empty on workers other than 0."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write network and optimizer below `folder`; each worker writes its own share."""
+    def spans(self) -> list[Span]:
+        """Return live weights, moments if there are any yet, buffers and frozen parameters, as far as this worker has them."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, given the shares of all workers in one folder."""
+    def optimizer_step(self) -> float | None:
+        """Return the number of updates that the optimizer has counted; None before the first, or where this worker owns nothing."""
+        ...
+
+    def prepare_moments(self, step: float | None) -> None:
+        """Make room for the moments of `step` updates, as `spans` to be filled; None takes them away."""
         ...
 
 
 class Observer(Protocol):
-    """Who is told how training goes."""
+    """Who is told how training goes. Worker 0 only, but for trips."""
+
+    def on_start(self, step: int) -> None:
+        """Take that training begins, after `step` steps of earlier attempts."""
+        ...
 
     def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the metrics of the steps since the last call. Worker 0 only."""
+        """Take the metrics of the steps since the last call."""
         ...
 
     def on_validation(self, step: int, values: Mapping[str, float], decision: KneeDecision) -> None:
-        """Take a validation and what the knee detector made of it. Worker 0 only."""
+        """Take a validation and what the knee detector made of it."""
         ...
 
     def on_trip(self, step: int, trip: Trip) -> None:
         """Take a trip of the guard; `step` is where training goes on from, or where it stopped. Every worker."""
         ...
 
-    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
-        """Take ownership of this worker's local checkpoint folder. Every worker; `values` are the last known metrics."""
+    def on_checkpoint(self, step: int) -> None:
+        """Take that from now on a run that is interrupted resumes at `step`."""
+        ...
+
+    def on_message(self, step: int, text: str) -> None:
+        """Take what went wrong without stopping training."""
         ...

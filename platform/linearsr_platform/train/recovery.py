@@ -101,8 +101,14 @@ class Recovery:
         since = state.step - self._points[-1].step if self._points else None
         if not self._config.enabled or not self._guard.calm or (since is not None and since < self._config.window):
             return
-        average = [tensor.detach().to("cpu", copy=True) for tensor in self._average.tensors()]
-        self._points.append(_Point(state.step, state.train_seconds, self._engine.capture(), average))
+        if len(self._points) < POINTS:
+            average = [tensor.detach().to("cpu", copy=True) for tensor in self._average.tensors()]
+            self._points.append(_Point(state.step, state.train_seconds, self._engine.capture(), average))
+            return
+        oldest = self._points.popleft()
+        for kept, tensor in zip(oldest.average, self._average.tensors(), strict=True):
+            kept.copy_(tensor)
+        self._points.append(_Point(state.step, state.train_seconds, self._engine.capture(oldest.engine), oldest.average))
 
     def check_steps(self, steps: Sequence[StepReading], attention_step: int, attention: Sequence[AttentionReading]) -> Fault | None:
         """Look at the steps and attentions of a window; returns what is wrong first. Sound steps are not kept for a replay."""

@@ -12,6 +12,9 @@ from deepspeed import zero
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of every weight, beside the number of its steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -37,16 +40,28 @@ def publish(optimizer: Any, stage: int) -> None:
     elif stage > 0:
         optimizer.update_lp_params()
     else:
-        for parameter, master in _copies(optimizer):
+        for parameter, master in bfloat16_copies(optimizer):
             parameter.copy_(master)
 
 
 @torch.no_grad()
-def capture(optimizer: Any, stage: int) -> Shares:
-    """Copy this worker's master weights and optimizer state to host memory."""
-    state, weights = _state(optimizer), master_weights(optimizer, stage)
-    moments = [{name: _to_host(value) for name, value in state.get(weight, {}).items()} for weight in weights]
-    return Shares([_to_host(weight) for weight in weights], moments)
+def capture(optimizer: Any, stage: int, into: Shares | None = None) -> Shares:
+    """Copy this worker's master weights and optimizer state to host memory.
+
+    Args:
+        optimizer: DeepSpeed's.
+        stage: of ZeRO.
+        into: an earlier copy that is no longer needed; its memory is used again, which takes a third of the time of new memory.
+    """
+    weights, remembered = master_weights(optimizer, stage), moments(optimizer, stage)
+    if into is None or [one.keys() for one in into.moments] != [one.keys() for one in remembered]:
+        return Shares([_to_host(weight) for weight in weights], [{name: _to_host(one[name]) for name in one} for one in remembered])
+    for old, weight in zip(into.weights, weights, strict=True):
+        old.copy_(weight)
+    for kept, one in zip(into.moments, remembered, strict=True):
+        for name, value in one.items():
+            kept[name].copy_(value)
+    return into
 
 
 @torch.no_grad()
@@ -67,7 +82,7 @@ def restore(optimizer: Any, stage: int, shares: Shares) -> None:
 @torch.no_grad()
 def full_weights(network: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Return the network's state dict with whole parameters in float32, on the CPU. Collective from stage 1 on."""
-    masters = {id(parameter): master for parameter, master in _copies(optimizer)}
+    masters = {id(parameter): master for parameter, master in bfloat16_copies(optimizer)}
     weights = {}
     for name, value in network.state_dict(keep_vars=True).items():
         full = masters.get(id(value), value)
@@ -77,6 +92,34 @@ def full_weights(network: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     return weights
 
 
+def bfloat16_copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pair bfloat16 parameters with their whole float32 copies, which only stage 0 has."""
+    if not hasattr(optimizer, "fp32_groups"):
+        return []
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return [pair for low, high in groups for pair in zip(low, high, strict=True)]
+
+
+def moments(optimizer: Any, stage: int) -> list[dict[str, Tensor]]:
+    """Return of each master weight what the optimizer remembers, live; empty before the first step."""
+    state = _state(optimizer)
+    return [dict(state.get(weight, {})) for weight in master_weights(optimizer, stage)]
+
+
+def prepare_moments(optimizer: Any, stage: int, step: float | None) -> None:
+    """Make AdamW's state as it is after `step` updates, moments still to be filled; None takes it away, as before the first step."""
+    state = _state(optimizer)
+    for weight in master_weights(optimizer, stage):
+        if step is None:
+            state.pop(weight, None)
+            continue
+        if not state.get(weight):
+            # The fused AdamW counts on the weight's device.
+            state[weight] = {"step": torch.zeros((), dtype=torch.float32, device=weight.device)}
+            state[weight] |= {name: torch.zeros_like(weight) for name in MOMENTS}
+        state[weight]["step"].fill_(step)
+
+
 def _state(optimizer: Any) -> Any:
     """Return the state of torch's own optimizer, which DeepSpeed's wrap from stage 1 on and for bfloat16; by master weight."""
     return getattr(optimizer, "optimizer", optimizer).state
@@ -84,14 +127,6 @@ def _state(optimizer: Any) -> Any:
 
 def _to_host(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
-
-
-def _copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
-    """Pair bfloat16 parameters with their whole float32 copies, which only stage 0 has."""
-    if not hasattr(optimizer, "fp32_groups"):
-        return []
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return [pair for low, high in groups for pair in zip(low, high, strict=True)]
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,6 @@ the quickstart, or a few fixed crops that it learns by heart.
 
 import csv
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,9 +203,14 @@ class CurveWriter:
         """Forget what was measured after the step that training goes back to."""
         self.rows = {name: [row for row in rows if row["step"] <= step] for name, rows in self.rows.items()}
 
-    def on_checkpoint(self, step: int, folder: Path, values: Mapping[str, float]) -> None:
-        """Drop it: a run that is cut off starts anew."""
-        shutil.rmtree(folder)
+    def on_start(self, step: int) -> None:
+        """Nothing to note."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """Nothing to note: there are none, a run that is cut off starts anew."""
+
+    def on_message(self, step: int, text: str) -> None:
+        """Nothing to note."""
 
 
 def write_curve(file: Path, rows: Sequence[Mapping[str, float]]) -> None:

@@ -1,7 +1,6 @@
 """A worker that trains nothing and shows it."""
 
 from itertools import count
-from pathlib import Path
 
 import torch
 
@@ -22,6 +21,9 @@ class Notes:
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
 
+    def on_start(self, step):
+        self.told.append(("start", step))
+
     def on_metrics(self, step, values):
         self.told.append(("metrics", step))
 
@@ -31,7 +33,7 @@ class Notes:
     def on_trip(self, step, trip):
         self.told.append(("trip", step))
 
-    def on_checkpoint(self, step, folder, values):
+    def on_checkpoint(self, step):
         self.told.append(("checkpoint", step))
 
 
@@ -50,8 +52,8 @@ class Stream:
     def state(self):
         return {"at": 7}
 
-    def restore(self, state):
-        self._numbers = iter(range(state["at"], 100))
+    def restore(self, states):
+        self._numbers = iter(range(states[0]["at"], 100))
 
 
 class MeteredToy:
@@ -59,18 +61,19 @@ class MeteredToy:
 
     def __init__(self, run: str, job: str) -> None:
         clock = map(float, count()).__next__
-        gauges = TrainingGauges(run=run, job=job, rank=0, trips=2)
+        gauges = TrainingGauges(run=run, job=job, rank=0)
         self._notes = Notes()
-        self._observer = MeteredObserver(self._notes, gauges, clock=clock)
+        self._observer = MeteredObserver(self._notes, gauges)
         self._batches = MeteredBatches(Stream(), gauges, clock=clock)
 
     def train(self) -> tuple[list[tuple[str, int]], list[float], dict[str, object]]:
         """Take three batches and tell the observer one thing of each kind; return what came through."""
         values = [float(next(self._batches)["hr"]) for _ in range(2)]
-        self._batches.restore({"at": 50})
+        self._batches.restore([{"at": 50}])
         values.append(float(next(self._batches)["hr"]))
+        self._observer.on_start(5)
         self._observer.on_metrics(20, {"loss": 0.5, "grad_norm": 1.5, "lr": 1e-4, "samples_per_s": 12.5, "seconds": 9.0})
         self._observer.on_validation(20, {"psnr_y": 28.0}, PLATEAU)
         self._observer.on_trip(20, TRIP)
-        self._observer.on_checkpoint(20, Path("checkpoint"), {})
+        self._observer.on_checkpoint(20)
         return self._notes.told, values, self._batches.state()

@@ -44,9 +44,11 @@ def free_cpus(wait_s: float = 10.0) -> float:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """How slow the toy is."""
+    """How slow the toy is, and where its workers say who they are."""
 
     pause_s: float = 0.0
+    pids: str | None = None
+    """Folder in which each worker leaves a file named by its process."""
 
 
 class ToyTask:
@@ -54,6 +56,9 @@ class ToyTask:
 
     def __init__(self, config: ToyConfig) -> None:
         self._config = config
+        if config.pids is not None:
+            Path(config.pids).mkdir(parents=True, exist_ok=True)
+            Path(config.pids, str(os.getpid())).touch()
 
     def build(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -99,7 +104,9 @@ def write_images(folder: Path) -> tuple[str, ...]:
     return tuple(str(folder / f"{shard}.tar") for shard in range(2))
 
 
-def toy_job(folder: Path, name: str, *, pause_s: float = 0.0, task: str = "ToyTask", init_weights: str | None = None, **train) -> TrainJob:
+def toy_job(
+    folder: Path, name: str, *, pause_s: float = 0.0, task: str = "ToyTask", init_weights: str | None = None, pids: bool = False, **train
+) -> TrainJob:
     """Make a job with its data and output below `folder`."""
     settings = {"max_steps": 20, "batch_size": 4, "crop_px": 16, "log_every": 5, "validate_every": 10, "checkpoint_every": 5}
     knee = KneeConfig(metrics=("psnr_y",), stop=False)
@@ -107,7 +114,7 @@ def toy_job(folder: Path, name: str, *, pause_s: float = 0.0, task: str = "ToyTa
     return TrainJob(
         name=name,
         task=f"toy_training:{task}",
-        task_config=ToyConfig(pause_s),
+        task_config=ToyConfig(pause_s, str(folder / "pids" / name) if pids else None),
         train=TrainConfig(**{**settings, "lr": 1e-2, "knee": knee, **train}),
         validation=ValidationConfig(crops=4, crop_px=16, batch_size=2, metrics=("psnr_y",)),
         train_shards=shards,
