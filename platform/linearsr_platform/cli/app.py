@@ -13,7 +13,8 @@ try:
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
     from linearsr_platform.cli.knee import knee
-    from linearsr_platform.cli.models import models, promote
+    from linearsr_platform.cli.models import compare, list_all, show
+    from linearsr_platform.cli.release import history, promote, replace_expert, rollback
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
@@ -38,13 +39,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "knee": knee,
     "boundaries": boundaries,
-    "models": models,
-    "promote": promote,
 }
 """Every verb; each has a `verbose` option that the error boundary reads."""
+MODELS: dict[str, Callable[..., None]] = {
+    "list": list_all,
+    "show": show,
+    "compare": compare,
+    "promote": promote,
+    "rollback": rollback,
+    "history": history,
+    "replace-expert": replace_expert,
+}
+"""What can be done with registered models."""
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(reports_errors(_command))
+
+models = typer.Typer(no_args_is_help=True, help="Registered models: list, compare, promote through the gate, roll back.")
+for _name, _command in MODELS.items():
+    models.command(_name)(reports_errors(_command))
+app.add_typer(models, name="models")
 
 
 def main() -> None:

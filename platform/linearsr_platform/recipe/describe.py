@@ -39,6 +39,14 @@ def inside(annotation: Any, part: str | int) -> Any | None:
     return None
 
 
+def tagged(annotation: Any) -> dict[str, Any]:
+    """Return the arms of a union of sections that a key tells apart, by that key's value; empty for any other type."""
+    key = next((one.discriminator for one in _constraints(annotation) if isinstance(one, FieldInfo)), None)
+    if not isinstance(key, str):
+        return {}
+    return {value: arm for arm in get_args(_bare(annotation)) for value in get_args(arm.model_fields[key].annotation)}
+
+
 def describe(annotation: Any) -> str:
     """Say what a setting may be, as in `a whole number >= 1`."""
     bare, constraints = _bare(annotation), _constraints(annotation)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from linearsr_platform.errors import RecipeProblem
-from linearsr_platform.recipe.describe import describe, inside, keys_of
+from linearsr_platform.recipe.describe import describe, inside, keys_of, tagged
 from linearsr_platform.recipe.document import KeyPath, dotted
 from linearsr_platform.recipe.merge import Merged
 from linearsr_platform.recipe.rules import all_rules
@@ -76,7 +76,12 @@ def _translate(detail: ErrorDetails, merged: Merged) -> tuple[KeyPath, RecipePro
     path, annotation = _locate(location)
     value = merged.value(path)
     if detail["type"] in _UNKNOWN_KEY:
-        return location, _unknown_key(location, merged)
+        return (*path, location[-1]), _unknown_key(location, merged)
+    if detail["type"] == "union_tag_invalid":
+        tag, known = str(detail["ctx"]["tag"]), list(tagged(annotation))
+        near = get_close_matches(tag, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else ""
+        return path, _problem((*path, detail["ctx"]["discriminator"].strip("'")), _shown(tag), f"one of {', '.join(known)}", fix, merged)
     if detail["type"] == "missing":
         return path, _problem(path, "", f"this is missing; expected {describe(annotation)}", "", merged)
     if detail["type"] == "value_error":
@@ -91,29 +96,35 @@ def _translate(detail: ErrorDetails, merged: Merged) -> tuple[KeyPath, RecipePro
 
 
 def _locate(location: KeyPath) -> tuple[KeyPath, object]:
-    """Follow an error's location as far as the schema knows it; pydantic appends names of union arms that are no keys."""
+    """Follow an error's location as far as the schema knows it; pydantic puts names of union arms into it that are no keys."""
     annotation: object = Recipe
-    for depth, part in enumerate(location):
-        inner = inside(annotation, part)
+    path: KeyPath = ()
+    for part in location:
+        arm = tagged(annotation).get(str(part))
+        inner = inside(annotation, part) if arm is None else arm
         if inner is None:
-            return location[:depth], annotation
+            return path, annotation
         annotation = inner
-    return location, annotation
+        path = path if arm is not None else (*path, part)
+    return path, annotation
 
 
 def _unknown_key(location: KeyPath, merged: Merged) -> RecipeProblem:
     meant = _meant(location)
-    known = keys_of(_locate(location[:-1])[1]) or {}
+    path, section = _locate(location[:-1])
+    known = keys_of(section) or {}
     rule = "a known key" if meant else f"a known key ({', '.join(known)})"
     fix = f"did you mean {dotted(meant[0])}?" if meant else "remove it"
-    return _problem(location, _shown(merged.value(location)), rule, fix, merged)
+    key = (*path, location[-1])
+    return _problem(key, _shown(merged.value(key)), rule, fix, merged)
 
 
 def _meant(location: KeyPath) -> list[KeyPath]:
     """Return the nearest valid key beside an unknown one, in a list that is empty if none is near."""
-    known = keys_of(_locate(location[:-1])[1]) if location else None
+    path, section = _locate(location[:-1])
+    known = keys_of(section) if location else None
     near = get_close_matches(str(location[-1]), known, n=1) if known else []
-    return [(*location[:-1], key) for key in near]
+    return [(*path, key) for key in near]
 
 
 def _around(outer: KeyPath, inner: KeyPath) -> bool:
