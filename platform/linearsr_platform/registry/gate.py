@@ -186,7 +186,9 @@ def _compare(
     paired = difference_of(subject.ours, subject.theirs, rule.estimate, metric, confidence=confidence or SHOWN_CONFIDENCE, section=section)
     sign = -1.0 if lower_is_better(metric) else 1.0
     if isinstance(paired, str):
-        passed = confidence is None and holds(sign * (ours - theirs), None)
+        # Means of the same images can be compared without their values; means of other images cannot.
+        kept = bool(subject.ours.values) and bool(subject.theirs.values)
+        passed = confidence is None and not kept and holds(sign * (ours - theirs), None)
         return RuleOutcome(rule=name, asks=asks, challenger=ours, champion=theirs, difference=ours - theirs, passed=passed, note=paired)
     gain_interval = (paired.low, paired.high) if sign > 0 else (-paired.high, -paired.low)
     return RuleOutcome(
