@@ -17,6 +17,8 @@ from linearsr_platform.registry.promotion import PromotionDecision, shown
 
 ROWS = ("one_step", "routed", "bicubic")
 HASH_SHOWN = 12
+RULE_WIDTH = 38
+"""Columns that hold most rules and what they ask for in a line each."""
 _ELSEWHERE = ("experts", "knee_steps", "stages")
 """Lineage that is shown in another table, or too long to be."""
 
@@ -31,7 +33,7 @@ def print_versions(versions: Sequence[ModelVersion], metric: str) -> None:
             rows = tables[name].rows if name in tables else {}
             values = [_number(rows.get(row, {}).get(metric)) for row in ROWS]
             table.add_row(version.name, str(version.version), ", ".join(version.aliases), name, *values)
-    table.caption = f"{metric}, means of the evaluation each version was registered with"
+    table.caption = f"{metric}, means of each evaluation"
     output_console().print(table if versions else "no registered models")
 
 
@@ -87,6 +89,8 @@ def print_decision(version: ModelVersion, decision: PromotionDecision, whose: st
         return
     champion = "champion" if decision.champion_version is None else f"champion {decision.champion_version}"
     table = _table("rule", f"challenger {version.version}", champion, "difference", "", right=(1, 2))
+    table.padding = (0, 2, 1, 0)
+    table.columns[0].min_width = RULE_WIDTH
     for rule in decision.rules:
         table.add_row(*_rule(rule))
     table.caption = whose
@@ -131,12 +135,12 @@ def _knee(knee: dict[str, object] | None) -> str:
 
 def _rule(rule: RuleOutcome) -> tuple[Text, str, str, str, Text]:
     name = Text(rule.rule).append(f"\n{rule.asks}", style="dim")
+    if rule.note:
+        name.append(f"\n{rule.note}", style="yellow" if rule.passed else "red")
     difference = "" if rule.difference is None else f"{rule.difference:+.4g}"
     if rule.interval is not None:
         difference += f"\n[{rule.interval[0]:+.4g}, {rule.interval[1]:+.4g}]"
     verdict = Text("pass", style="green") if rule.passed else Text("FAIL", style="bold red")
-    if rule.note:
-        verdict.append(f"\n{rule.note}", style="dim" if rule.passed else "")
     return name, shown(rule.challenger), shown(rule.champion), difference.replace("[", r"\["), verdict
 
 

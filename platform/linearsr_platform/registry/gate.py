@@ -118,7 +118,7 @@ def difference_of(
 
 
 def _better(rule: BetterRule, challenger: Contender, champion: Contender | None, section: PromoteSection) -> Iterator[RuleOutcome]:
-    asks = f"{rule.confidence:.0%} interval of the gain above {f'{rule.at_least:g}' if rule.at_least else '0'}"
+    asks = f"{100 * rule.confidence:g} % interval of the gain above {rule.at_least:g}"
     yield _compare("better", rule, rule.metric, asks, challenger, champion, section, _gained(rule), rule.confidence)
 
 
@@ -127,7 +127,9 @@ def _gained(rule: BetterRule) -> Callable[[float, tuple[float, float] | None], b
 
 
 def _not_worse(rule: NotWorseRule, challenger: Contender, champion: Contender | None, section: PromoteSection) -> Iterator[RuleOutcome]:
-    asks = f"mean at most {rule.by:g} worse" if rule.confidence is None else f"{rule.confidence:.0%} interval at most {rule.by:g} worse"
+    asks = (
+        f"mean at most {rule.by:g} worse" if rule.confidence is None else f"{100 * rule.confidence:g} % interval at most {rule.by:g} worse"
+    )
 
     def holds(gain: float, interval: tuple[float, float] | None) -> bool:
         if rule.confidence is None:
@@ -167,6 +169,7 @@ def _compare(
     confidence: float | None,
 ) -> RuleOutcome:
     """Compare one metric of both; `holds` gets the gain, positive is better, and its interval."""
+    asks += ", lower is better" if lower_is_better(metric) else ""
     subject = _subject(rule, challenger, champion)
     if isinstance(subject, str):
         return RuleOutcome(rule=f"{kind} {metric}", asks=asks, challenger=None, champion=None, passed=False, note=subject)
