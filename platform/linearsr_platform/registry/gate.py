@@ -127,9 +127,7 @@ def _gained(rule: BetterRule) -> Callable[[float, tuple[float, float] | None], b
 
 
 def _not_worse(rule: NotWorseRule, challenger: Contender, champion: Contender | None, section: PromoteSection) -> Iterator[RuleOutcome]:
-    asks = (
-        f"mean at most {rule.by:g} worse" if rule.confidence is None else f"{100 * rule.confidence:g} % interval at most {rule.by:g} worse"
-    )
+    asks = f"{'mean' if rule.confidence is None else f'{100 * rule.confidence:g} % interval'} at most {rule.by:g} worse"
 
     def holds(gain: float, interval: tuple[float, float] | None) -> bool:
         if rule.confidence is None:
