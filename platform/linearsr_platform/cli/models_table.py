@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from linearsr_platform.cli.search_table import output_console
+from linearsr_platform.recipe.schema import STAGE_NAMES
 from linearsr_platform.registry.compare import Comparison, MetricDifference, experts_of
 from linearsr_platform.registry.gate import RuleOutcome
 from linearsr_platform.registry.history import History, HistoryRow
@@ -118,7 +119,8 @@ def _print_experts(console: Console, version: ModelVersion) -> None:
         return
     boundaries = json.loads(version.tags.get("bundle.boundaries", "[]"))
     edges = [1.0, *reversed(boundaries), 0.0]
-    stages = list(dict.fromkeys(stage for expert in experts for stage in expert.get("knees") or {}))
+    known = {stage for expert in experts for stage in expert.get("knees") or {}}
+    stages = sorted(known, key=STAGE_NAMES.index)
     table = _table("expert", "noise levels", *(f"knee in {stage}" for stage in stages), "SHA-256", "from")
     for index, expert in enumerate(experts):
         levels = f"{edges[index]:.4g} to {edges[index + 1]:.4g}" if len(edges) == len(experts) + 1 else "-"
