@@ -1,80 +1,35 @@
 """Tracking and registry through a real `mlflow server` on loopback, with the files behind the server."""
 
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
+from servers import mlflow_server, stop
 
 from linearsr.bundle import load_bundle, save_bundle
 from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.model import SuperResolver
 from linearsr_platform.errors import UserError
-from linearsr_platform.recipe.schema import PromoteSection
-from linearsr_platform.registry.models import Evaluation, aliases_of, resolve
-from linearsr_platform.registry.promotion import history, promote
+from linearsr_platform.recipe.promote_schema import PromoteSection
+from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
+from linearsr_platform.registry.history import read_history
+from linearsr_platform.registry.models import aliases_of, resolve
+from linearsr_platform.registry.promotion import promote
 from linearsr_platform.registry.register import register
 from linearsr_platform.tracking.runs import Tracker
-from linearsr_platform.tracking.store import check_reachable, connect
+from linearsr_platform.tracking.store import connect
 
 pytestmark = pytest.mark.server
-
-START_TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """URI and process of a server that keeps records in SQLite and serves files itself."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "files")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *options, *stores],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_up(uri, process, folder / "log")
-        yield uri, process
-    finally:
-        _stop(process)
-
-
-def _wait_until_up(uri: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    give_up = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            return check_reachable(uri, timeout_s=1.0)
-        except UserError:
-            if process.poll() is not None or time.monotonic() > give_up:
-                pytest.fail(f"the server did not start: {log.read_text()}")
-            time.sleep(0.2)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server and the workers of its own process group."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with mlflow_server(folder, f"sqlite:///{folder / 'mlflow.db'}", str(folder / "files")) as running:
+        yield running
 
 
 def _bundle(folder: Path) -> Path:
@@ -110,16 +65,17 @@ def test_a_pipeline_is_tracked_registered_promoted_and_fetched_through_a_server(
             stage.log_metrics(point["step"], {"psnr_y": point["psnr_y"]})
         stage.log_knee(knee_step=1, decision={"state": "confirmed", "reason": "because"}, history=points)
         bundle = _bundle(tmp_path)
-        numbers = Evaluation(protocol={"name": "quickstart"}, test_set="t", rows={"one_step": {"psnr_y": 25.0}})
+        table = ProtocolTable(protocol={"seed": 0}, test_set="t", rows={"one_step": {"psnr_y": 25.0}})
+        numbers = Evaluation(tables={"quickstart": table})
         assert register(tracker.client, bundle, name="quick", evaluation=numbers, run_id=stage.run_id) == 1
 
     data = tracker.client.get_run(stage.run_id).data
     assert data.metrics == {"psnr_y": 26.0, "knee/step": 1.0, "knee/psnr_y": 25.0}
     assert data.tags["knee"] == "1"
 
-    assert promote(tracker.client, "quick", rule=PromoteSection(), by="ada").promoted
+    assert promote(tracker.client, "quick", section=PromoteSection(), by="ada").promoted
     assert aliases_of(tracker.client, "quick") == {"challenger": 1, "champion": 1}
-    assert [(row.by, row.to_version) for row in history(tracker.client, "quick")] == [("ada", 1)]
+    assert [(row.by, row.to_version) for row in read_history(tracker.client, "quick").rows] == [("ada", 1)]
 
     fetched = resolve("models:/quick@champion", lambda: connect(uri), cache=tmp_path / "cache")
     assert fetched.is_relative_to(tmp_path / "cache")
@@ -130,6 +86,6 @@ def test_a_pipeline_is_tracked_registered_promoted_and_fetched_through_a_server(
     assert not (tmp_path / "not-used").exists()
     assert list(working_folder.iterdir()) == []
 
-    _stop(process)
+    stop(process)
     with pytest.raises(UserError, match=rf"{uri}.*mlflow server"):
         Tracker(uri, "quick")

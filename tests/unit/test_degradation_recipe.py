@@ -131,7 +131,7 @@ def _shared(config: SecondOrderDegradation) -> dict[str, object]:
     ("text", "key", "rule", "fix"),
     [
         ("{preset: real-esrgan, jpeg_rang: [1, 2]}", "jpeg_rang", "a known key", "did you mean degradation.jpeg_range?"),
-        ("{preset: realesrgan}", "preset", "one of quickstart, real-esrgan, stablesr, invsr", ""),
+        ("{preset: realesrgan}", "preset", "one of quickstart, real-esrgan, stablesr, invsr", "did you mean real-esrgan?"),
         ("{preset: 3}", "preset", "quickstart", ""),
         ("{preset: stablesr, blur_sigma_px: [1, 2]}", "blur_sigma_px", "a known key", "did you mean degradation.blur_sigma?"),
         ("{preset: invsr, sinc_prob: often}", "sinc_prob", "a number", ""),

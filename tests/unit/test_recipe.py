@@ -137,7 +137,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         "evaluate: {metrics: [psnr_y, gmds]}\n"
     )
     profile = write("cluster: 3\n", "profile.yaml")
-    found = {problem.key: problem for problem in problems_of(recipe, profile, ["promote.tolerance=-1", "validation.crop_px=30"])}
+    found = {problem.key: problem for problem in problems_of(recipe, profile, ["promote.resamples=9", "validation.crop_px=30"])}
     expected = {
         "name": (1, '"my run"', "letters, digits", ""),
         "sed": (2, "3", "a known key", "did you mean seed?"),
@@ -159,7 +159,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         "evaluate.metrics[1]": (9, '"gmds"', "one of psnr_y", "did you mean gmsd?"),
         "evaluate.perceptual": (9, '"gmsd"', "one of evaluate.metrics (psnr_y, gmds)", ""),
         "cluster": (f"{profile}:1", "3", "a section with keys like address", ""),
-        "promote.tolerance": ("--set promote.tolerance=-1", "-1", "a number >= 0", ""),
+        "promote.resamples": ("--set promote.resamples=9", "9", "a whole number >= 1000", ""),
         "validation.crop_px": ("--set validation.crop_px=30", "30", "a multiple of model.codec.factor, 4", ""),
     }
     assert set(found) == set(expected)
@@ -190,7 +190,9 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["pretrain.knee.metrics=[lpips]"], "pretrain.knee.metrics[0]"),
         (["validation.metrics=[psnr_y, ssim_y, gmsd, lpips]"], "validation.metrics[3]"),
         (["evaluate.metrics=[psnr_y, gmsd, musiq]"], "evaluate.metrics[2]"),
-        (["promote.metric=niqe"], "promote.metric"),
+        (["promote.rules=[{rule: better, metric: niqe}]"], "promote.rules[0].metric"),
+        (["promote.rules=[{rule: knee_found}, {rule: not_worse, metrics: [gmsd, vif]}]"], "promote.rules[1].metrics[1]"),
+        (["promote.rules=[{rule: not_worse, protocol: stablesr}]"], "promote.rules[0].protocol"),
         (["data.validation_px=64"], "data.validation_px"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
@@ -210,8 +212,27 @@ def test_the_guard_is_on_unless_told_otherwise_and_its_mistakes_are_named(write)
     assert set(found) == {"finetune.train.guard.window", "pretrain.guard.strikes"}
 
 
+def test_mistakes_in_the_gate_s_rules_are_named_at_their_key(write):
+    rules = "[{rule: beter, metric: psnr_y}, {rule: better}, {rule: not_worse, bye: 1}, {rule: better, metric: psnr_y, at_least: -1}, {}]"
+    found = {problem.key: problem for problem in problems_of(write(MINIMAL), None, [f"promote.rules={rules}"])}
+    assert set(found) == {
+        "promote.rules[0].rule",
+        "promote.rules[1].metric",
+        "promote.rules[2].bye",
+        "promote.rules[3].at_least",
+        "promote.rules[4]",
+    }
+    assert found["promote.rules[0].rule"].fix == "did you mean better?"
+    assert found["promote.rules[1].metric"].rule == "this is missing; expected text"
+    assert found["promote.rules[2].bye"].fix == "did you mean promote.rules[2].by?"
+    assert found["promote.rules[3].at_least"].rule == "a number >= 0"
+    assert "whose key rule is better, not_worse" in found["promote.rules[4]"].rule
+
+
 def test_a_rule_is_silent_while_a_setting_it_reads_is_wrong(write):
-    misspelt = problems_of(write(MINIMAL), None, ["evaluate.metrcs=[psnr_y]", "evaluate.perceptual=vif", "promote.metric=vif"])
+    misspelt = problems_of(
+        write(MINIMAL), None, ["evaluate.metrcs=[psnr_y]", "evaluate.perceptual=vif", "promote.rules=[{rule: better, metric: vif}]"]
+    )
     assert [problem.key for problem in misspelt] == ["evaluate.metrcs"]
 
 

@@ -1,24 +1,27 @@
-"""Bundles as model versions, the gate between challenger and champion, and its history, on a real SQLite registry."""
+"""Bundles as model versions: lineage, evaluation, tampering, one expert replaced; on a real SQLite registry."""
 
+import hashlib
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow.pyfunc
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from linearsr.bundle import load_bundle, save_bundle
+from linearsr.bundle import BundleError, load_bundle, save_bundle
 from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.model import SuperResolver
 from linearsr_platform.errors import UserError
-from linearsr_platform.recipe.schema import PromoteSection
-from linearsr_platform.registry.models import Evaluation, ModelVersion, aliases_of, find_version, list_models, resolve
-from linearsr_platform.registry.promotion import decide, history, promote
-from linearsr_platform.registry.register import register
+from linearsr_platform.registry.compare import compare, experts_of
+from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
+from linearsr_platform.registry.models import aliases_of, find_reference, find_version, list_models, read_evaluation, resolve
+from linearsr_platform.registry.register import attach_evaluation, register
+from linearsr_platform.registry.replace import register_replacement
 from linearsr_platform.tracking.runs import Tracker
 from linearsr_platform.tracking.store import default_artifact_root, default_uri
 
@@ -65,14 +68,11 @@ def run_id(tracker: Tracker) -> str:
     return tracker.stage_run(tracker.start_pipeline("quick").run_id, "register").run_id
 
 
-def evaluation(psnr_y: float, *, test_set: str = "images-1", seed: int = 0, gmsd: float = 0.1) -> Evaluation:
-    rows = {"bicubic": {"psnr_y": 24.5}, "one_step": {"psnr_y": psnr_y, "gmsd": gmsd}, "routed": {"psnr_y": psnr_y - 1, "gmsd": gmsd}}
-    return Evaluation(protocol={"name": "quickstart", "seed": seed}, test_set=test_set, rows=rows)
-
-
-def version(number: int, stored: Evaluation | None) -> ModelVersion:
-    tags = {} if stored is None else {"evaluation": stored.to_json()}
-    return ModelVersion(name="m", version=number, aliases=(), created_s=0.0, run_id=None, tags=tags)
+def evaluation(psnr_y: float, *, protocol: str = "quickstart") -> Evaluation:
+    """Two images; the second is a decibel harder."""
+    values = {"one_step": {"psnr_y": {"coffee": psnr_y + 0.5, "rocket": psnr_y - 0.5}}}
+    rows = {"bicubic": {"psnr_y": 24.5}, "one_step": {"psnr_y": psnr_y}}
+    return Evaluation(tables={protocol: ProtocolTable(protocol={"seed": 0}, test_set="images-1", rows=rows, values=values)})
 
 
 def test_a_bundle_becomes_a_version_with_lineage_and_the_same_bundle_does_so_once(
@@ -85,14 +85,17 @@ def test_a_bundle_becomes_a_version_with_lineage_and_the_same_bundle_does_so_onc
     assert json.loads(first.tags["lineage.knee_steps"]) == {"expert-1": 40}
     assert first.tags["manifest_hash"] == "m1"
     assert first.tags["parent_run"] == client.get_run(run_id).data.tags["mlflow.parentRunId"]
-    assert first.evaluation == evaluation(24.0)
+    assert read_evaluation(client, first) == evaluation(24.0)
+    assert json.loads(first.tags["bundle.boundaries"]) == [0.875]
+    weights = (bundle / "expert-1.safetensors").read_bytes()
+    assert [expert["sha256"] for expert in experts_of(first)] == [hashlib.sha256(weights).hexdigest()] * 2
 
     assert register(client, make_bundle("recipe-b"), name="once", evaluation=evaluation(24.1), run_id=run_id) == 2
     assert aliases_of(client, "once") == {"challenger": 2}
     assert load_bundle(resolve("models:/once/1", lambda: client)).lineage["recipe_hash"] == "recipe-a", "one run may register two"
     assert register(client, bundle, name="once", evaluation=evaluation(24.2), run_id=run_id) == 1
     assert aliases_of(client, "once") == {"challenger": 1}
-    assert find_version(client, "once", 1).evaluation == evaluation(24.2), "evaluated again"
+    assert read_evaluation(client, find_version(client, "once", 1)) == evaluation(24.2), "evaluated again"
     assert [(found.name, found.version, found.aliases) for found in list_models(client) if found.name == "once"] == [
         ("once", 2, ()),
         ("once", 1, ("challenger",)),
@@ -166,67 +169,132 @@ def test_a_wrong_reference_names_what_there_is(tracker: Tracker, run_id: str, ma
         resolve(reference, lambda: tracker.client)
 
 
-def test_the_champion_moves_only_to_a_better_version_and_each_move_is_recorded(
+def test_a_version_keeps_one_table_a_protocol(tracker: Tracker, run_id: str, make_bundle: MakeBundle) -> None:
+    client = tracker.client
+    register(client, make_bundle("tables"), name="tables", evaluation=evaluation(24.0), run_id=run_id)
+    attach_evaluation(client, find_version(client, "tables", 1), evaluation(23.0, protocol="classic"))
+    attach_evaluation(client, find_version(client, "tables", 1), evaluation(25.0))
+    expected = Evaluation(tables={**evaluation(25.0).tables, **evaluation(23.0, protocol="classic").tables})
+    version = find_version(client, "tables", 1)
+    assert read_evaluation(client, version) == expected
+    assert version.evaluation is not None
+    assert {name: table.values for name, table in version.evaluation.tables.items()} == {"quickstart": {}, "classic": {}}
+
+
+def test_an_evaluation_of_an_earlier_release_is_still_read_and_a_spoilt_one_is_named(
     tracker: Tracker, run_id: str, make_bundle: MakeBundle
 ) -> None:
-    client, rule = tracker.client, PromoteSection()
-
-    def challenge(recipe_hash: str, psnr_y: float, at_s: float) -> tuple[bool, dict[str, int]]:
-        register(client, make_bundle(recipe_hash), name="gate", evaluation=evaluation(psnr_y), run_id=run_id)
-        decision = promote(client, "gate", rule=rule, by="ada", clock=lambda: at_s)
-        return decision.promoted, aliases_of(client, "gate")
-
-    assert challenge("gate-1", 24.7, 100.0) == (True, {"challenger": 1, "champion": 1})
-    assert challenge("gate-2", 24.6, 200.0) == (False, {"challenger": 2, "champion": 1})
-    assert challenge("gate-3", 24.8, 300.0) == (True, {"challenger": 3, "champion": 3})
-    assert challenge("gate-3", 24.8, 400.0) == (True, {"challenger": 3, "champion": 3}), "asking twice changes nothing"
-    rows = [(row.at, row.by, row.from_version, row.to_version, row.champion_value, row.challenger_value) for row in history(client, "gate")]
-    assert rows == [
-        ("1970-01-01T00:01:40+00:00", "ada", None, 1, None, 24.7),
-        ("1970-01-01T00:05:00+00:00", "ada", 1, 3, 24.7, 24.8),
-    ]
+    client = tracker.client
+    register(client, make_bundle("old"), name="old", evaluation=None, run_id=run_id)
+    assert read_evaluation(client, find_version(client, "old", 1)) is None
+    old = {"protocol": {"metrics": "classic: 8 bit"}, "test_set": "t", "rows": {"routed": {"psnr_y": 24.0}}}
+    client.set_model_version_tag("old", "1", "evaluation", json.dumps(old))
+    found = find_version(client, "old", 1).evaluation
+    assert found is not None
+    assert found.tables["classic"].rows == old["rows"]
+    client.set_model_version_tag("old", "1", "evaluation", "[]")
+    with pytest.raises(UserError, match=r"old/1.*protocol, test_set and rows"):
+        _ = find_version(client, "old", 1).evaluation
 
 
-@pytest.mark.parametrize(
-    ("metric", "tolerance", "challenger", "champion", "promoted", "said"),
-    [
-        ("psnr_y", 0.0, evaluation(24.0), None, True, r"first champion.*24\b.*bicubic has 24\.5"),
-        (
-            "psnr_y",
-            0.0,
-            evaluation(24.7),
-            evaluation(24.8),
-            False,
-            r"challenger version 2 has 24\.7, champion version 1 has 24\.8; worse by 0\.1",
-        ),
-        ("psnr_y", 0.2, evaluation(24.7), evaluation(24.8), True, r"24\.7.*24\.8.*tolerance 0\.2 allows"),
-        ("psnr_y", 0.0, evaluation(24.8), evaluation(24.8), True, "equal"),
-        ("gmsd", 0.0, evaluation(24.0, gmsd=0.05), evaluation(25.0, gmsd=0.06), True, "lower is better.*better by"),
-        ("gmsd", 0.0, evaluation(25.0, gmsd=0.06), evaluation(24.0, gmsd=0.05), False, "lower is better.*worse by"),
-        ("psnr_y", 9.0, evaluation(30.0), evaluation(24.0, test_set="images-2"), False, "cannot be compared.*images-1 and images-2"),
-        ("psnr_y", 9.0, evaluation(30.0), evaluation(24.0, seed=1), False, "cannot be compared.*seed 0 and 1"),
-        ("psnr_y", 9.0, evaluation(float("nan")), evaluation(24.0), False, "nan.*evaluate it again"),
-        ("psnr_y", 9.0, evaluation(30.0), evaluation(float("nan")), False, "cannot be compared.*nan"),
-        ("ssim_y", 9.0, evaluation(30.0), None, False, "ssim_y None"),
-        ("psnr_y", 9.0, None, evaluation(24.0), False, "None"),
-    ],
-)
-def test_the_gate(
-    metric: str, tolerance: float, challenger: Evaluation | None, champion: Evaluation | None, promoted: bool, said: str
-) -> None:
-    decision = decide(
-        version(2, challenger), None if champion is None else version(1, champion), PromoteSection(metric=metric, tolerance=tolerance)
-    )
-    assert decision.promoted is promoted
-    assert re.search(said, decision.reason), decision.reason
+@pytest.mark.parametrize("what", ["weights", "manifest", "both"])
+def test_a_tampered_bundle_is_refused_by_this_program(tracker: Tracker, run_id: str, make_bundle: MakeBundle, what: str) -> None:
+    client = tracker.client
+    register(client, make_bundle(f"tampered-{what}"), name=f"tampered-{what}", evaluation=None, run_id=run_id)
+    folder = resolve(f"models:/tampered-{what}/1", lambda: client)
+    tamper(folder, what)
+    with pytest.raises((UserError, BundleError), match="SHA-256"):
+        load_bundle(resolve(f"models:/tampered-{what}/1", lambda: client))
 
 
-def test_the_gate_reads_the_estimate_that_the_rule_names() -> None:
-    decision = decide(version(2, evaluation(25.0)), version(1, evaluation(24.0)), PromoteSection(estimate="routed"))
-    assert (decision.metric, decision.challenger_value, decision.champion_value) == ("routed psnr_y", 24.0, 23.0)
+def test_plain_mlflow_refuses_a_bundle_that_is_whole_but_another(tracker: Tracker, run_id: str, make_bundle: MakeBundle) -> None:
+    client = tracker.client
+    register(client, make_bundle("swapped"), name="swapped", evaluation=None, run_id=run_id)
+    folder = resolve("models:/swapped/1", lambda: client)
+    tamper(folder, "both")
+    load_bundle(folder)
+    with pytest.raises(ValueError, match="expected the registered one"):
+        mlflow.pyfunc.load_model(str(folder.parents[1]))
 
 
-def test_a_spoilt_evaluation_is_named() -> None:
-    spoilt = ModelVersion(name="m", version=3, aliases=(), created_s=0.0, run_id=None, tags={"evaluation": "[]"})
-    with pytest.raises(UserError, match=r"m version 3.*protocol, test_set and rows"):
-        decide(spoilt, None, PromoteSection())
+def tamper(folder: Path, what: str) -> None:
+    """Change weights, the manifest, or weights with the manifest's hash of them."""
+    weights, manifest = folder / "expert-1.safetensors", folder / "bundle.json"
+    content = json.loads(manifest.read_text())
+    if what != "manifest":
+        with weights.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 1]))
+    if what == "both":
+        content["files"][weights.name] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if what != "weights":
+        content["lineage"]["recipe_hash"] = "forged"
+        manifest.write_text(json.dumps(content))
+
+
+def test_a_tampered_evaluation_is_refused(tracker: Tracker, run_id: str, make_bundle: MakeBundle) -> None:
+    client = tracker.client
+    register(client, make_bundle("forged"), name="forged", evaluation=evaluation(24.0), run_id=run_id)
+    version = find_version(client, "forged", 1)
+    (file,) = (resolve("models:/forged/1", lambda: client).parents[1] / "evaluations").iterdir()
+    file.write_text(file.read_text().replace("24.5", "34.5"))
+    with pytest.raises(UserError, match=r"forged/1.*evaluate it again"):
+        read_evaluation(client, version)
+
+
+def test_one_expert_is_replaced_and_the_new_version_says_so(tracker: Tracker, run_id: str, make_bundle: MakeBundle, tmp_path: Path) -> None:
+    client = tracker.client
+    register(client, make_bundle("base"), name="parts", evaluation=evaluation(24.0), run_id=run_id)
+    base = find_version(client, "parts", 1)
+    bundle = load_bundle(make_bundle("base"))
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(bundle.experts[1]).items()}, other)
+
+    made = register_replacement(client, base, number=2, donor=other, donor_name="other.safetensors")
+    assert (made.version, made.aliases, made.evaluation) == (2, ("challenger",), None)
+    resolved = load_bundle(resolve("models:/parts/2", lambda: client))
+    assert resolved.experts[0].read_bytes() == bundle.experts[0].read_bytes()
+    assert resolved.experts[1].read_bytes() == other.read_bytes()
+    assert (resolved.boundaries, resolved.sampler) == (bundle.boundaries, bundle.sampler)
+    assert [expert["from"] for expert in experts_of(made)] == ["models:/parts/1", "other.safetensors"]
+    assert json.loads(made.tags["lineage.base"]) == {"model": "models:/parts/1", "digest": bundle.digest}
+
+    found = compare(client, base, made)
+    assert {name: first == second for name, (first, second) in found.experts.items()} == {"expert-1": True, "expert-2": False}
+    assert found.lineage["replaced"] == (None, "expert-2")
+    assert "bundle.boundaries" not in found.lineage
+
+    narrow = tmp_path / "narrow.safetensors"
+    save_file({name: tensor for name, tensor in load_file(other).items() if not name.endswith("bias")}, narrow)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(bundle.folder, foreign)
+    content = json.loads((foreign / "bundle.json").read_text())
+    (foreign / "bundle.json").write_text(json.dumps({**content, "boundaries": [0.5]}))
+    for number, donor, said in (
+        (3, other, "expected 1 to 2"),
+        (2, bundle.experts[1], "has already"),
+        (2, narrow, "got nothing; expected F32"),
+        (2, foreign, r"boundaries: got \(0\.5,\); expected \(0\.875,\)"),
+        (2, tmp_path / "nothing", "expected safetensors"),
+    ):
+        with pytest.raises(UserError, match=said):
+            register_replacement(client, base, number=number, donor=donor, donor_name="x")
+    assert aliases_of(client, "parts") == {"challenger": 2}
+
+
+def test_versions_are_compared_image_by_image(tracker: Tracker, run_id: str, make_bundle: MakeBundle) -> None:
+    client = tracker.client
+    for number in (1, 2):
+        register(client, make_bundle(f"side-{number}"), name="side", evaluation=evaluation(24.0 + number), run_id=run_id)
+    found = compare(client, find_reference(client, "side/1"), find_reference(client, "side@challenger"))
+    one_step = next(one for one in found.metrics if one.row == "one_step")
+    assert one_step.paired is not None
+    # Every image gained exactly 1 dB, so the interval has no width although the images differ by 1 dB from each other.
+    assert (one_step.paired.mean, one_step.paired.low, one_step.paired.high, one_step.better) == (1.0, 1.0, 1.0, True)
+    assert one_step.paired.weak
+    assert next(one for one in found.metrics if one.row == "bicubic").note.startswith("no values per image")
+    assert found.lineage["recipe_hash"] == ("side-1", "side-2")
+    with pytest.raises(UserError, match="NAME@ALIAS or NAME/VERSION"):
+        find_reference(client, "side")

@@ -17,6 +17,7 @@ from linearsr_platform.report.html import render_report, write_report
 from linearsr_platform.report.markup import Markup, difference, duration, element, number
 from linearsr_platform.report.model import (
     EvaluationRow,
+    GateRow,
     LineageRow,
     MetricColumn,
     PromotionRecord,
@@ -69,6 +70,17 @@ def row(kind, label, psnr_y, gmsd):
     return EvaluationRow(kind=kind, label=label, values=values, per_photograph={"coffee": values})
 
 
+GATE = GateRow(
+    rule="better gmsd (routed)",
+    asks="gain above 0",
+    challenger=0.11,
+    champion="<b>",
+    difference=-0.02,
+    interval=(-0.03, -0.01),
+    passed=False,
+)
+
+
 def report(**changes):
     rows = (row("bicubic", "bicubic", 24.77, 0.1313), row("one_step", "one-step", 24.94, 0.1288), row("routed", "routed", 24.31, 0.1132))
     told = {
@@ -85,7 +97,7 @@ def report(**changes):
         "splits": {"train": 7},
         "quarantined": (QuarantinedImage(file="broken.jpg", reason="truncated"),),
         "tracking": TrackingRecord(uri="sqlite:///mlflow.db", experiment="quickstart", run_ids={"pipeline": "8b1f"}, model_version="3"),
-        "promotion": PromotionRecord(promoted=True, metric="psnr_y", candidate=24.94, champion=None, tolerance=0.0, reason="first"),
+        "promotion": PromotionRecord(promoted=True, state="promoted", version=3, champion_version=None, reason="first", rules=(GATE,)),
         "lineage": (LineageRow(what="recipe", identity="9f31c0b2"),),
     }
     told |= {"recipe_name": "quickstart", "recipe_hash": "9f31c0b2d6a84ee1", "code_version": "0.1.0", "perceptual": "gmsd"}

@@ -14,8 +14,9 @@ try:
     from linearsr_platform.cli.check import check
     from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
-    from linearsr_platform.cli.models import models, promote
+    from linearsr_platform.cli.models import compare, list_all, show
     from linearsr_platform.cli.plan import plan
+    from linearsr_platform.cli.release import history, promote, replace_expert, rollback
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
@@ -47,12 +48,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "knee": knee,
     "boundaries": boundaries,
-    "models": models,
-    "promote": promote,
 }
 """Every verb; each has a `verbose` option that the error boundary reads."""
+MODELS: dict[str, Callable[..., None]] = {
+    "list": list_all,
+    "show": show,
+    "compare": compare,
+    "promote": promote,
+    "rollback": rollback,
+    "history": history,
+    "replace-expert": replace_expert,
+}
+"""What can be done with registered models."""
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "models": ("Registered models: list, compare, promote through the gate, roll back.", MODELS),
     "tracking": ("Look after what MLflow is told.", {"flush": flush}),
 }
 """Verbs that have verbs: what they are about, and those."""

@@ -1,66 +1,106 @@
-"""`linearsr models` and `linearsr promote`: the registry from the command line."""
+"""`linearsr models`: what is in the registry, version by version and side by side."""
 
-import getpass
-from typing import Annotated
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linearsr_platform.cli.options import Verbose
 from linearsr_platform.cli.store import existing_store
-from linearsr_platform.errors import StageError
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Reference = Annotated[
+    str, typer.Argument(metavar="MODEL", help="NAME@ALIAS or NAME/VERSION; NAME alone means its champion.", show_default=False)
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
 Storage = Annotated[str, typer.Option(metavar="URL", help="Storage root whose MLflow store is asked.")]
 TrackingUri = Annotated[
     str | None, typer.Option(metavar="URI", help="MLflow to ask instead of the store under --storage.", show_default=False)
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
-def models(storage: Storage = "runs", tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
-    """List registered models: version, aliases, and the numbers each was released with."""
-    from rich.console import Console
-    from rich.table import Column, Table
+def open_registry(storage: str, tracking_uri: str | None, *, verbose: bool) -> "MlflowClient":
+    """Return the client of a registry that is there; MLflow's chatter is off unless `verbose`.
 
+    Raises:
+        UserError: if there is none, or it does not answer.
+    """
     from linearsr_platform.cli.environment import quiet_libraries
 
     quiet_libraries(verbose=verbose)
-    from linearsr_platform.registry.models import list_models
-
-    columns = (Column("model", no_wrap=True), "version", "aliases", "one step", "routed", "bicubic")
-    table = Table(*columns, caption="PSNR-Y in dB of the evaluation each version was registered with")
-    for found in list_models(existing_store(storage, tracking_uri)):
-        rows = found.evaluation.rows if found.evaluation else {}
-        numbers = [f"{rows[row]['psnr_y']:.2f}" if "psnr_y" in rows.get(row, {}) else "-" for row in ("one_step", "routed", "bicubic")]
-        table.add_row(found.name, str(found.version), ", ".join(found.aliases), *numbers)
-    Console().print(table if table.row_count else "no registered models")
+    return existing_store(storage, tracking_uri)
 
 
-def promote(
-    name: Name,
-    metric: Annotated[str, typer.Option(help="Metric of the stored evaluations that decides.")] = "psnr_y",
-    estimate: Annotated[str, typer.Option(help="`one_step` or `routed`.")] = "one_step",
-    tolerance: Annotated[float, typer.Option(min=0, help="How much worse than the champion is still promoted.")] = 0.0,
+def list_all(
+    metric: Annotated[str, typer.Option(metavar="METRIC", help="Metric to show.")] = "psnr_y",
+    as_json: AsJson = False,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a model's challenger its champion, unless it is worse; says which number decided. Exit code 1 if refused."""
-    from linearsr.metric_table import metric_spec
-    from linearsr_platform.cli.environment import quiet_libraries
+    """List registered models: version, aliases, and the numbers each was released with."""
     from linearsr_platform.errors import UserError
-    from linearsr_platform.recipe.schema import PromoteSection
+    from linearsr_platform.registry.gate import lower_is_better
+    from linearsr_platform.registry.models import list_models
 
-    quiet_libraries(verbose=verbose)
-    if estimate not in ("one_step", "routed"):
-        raise UserError(f"--estimate: got {estimate!r}; expected one_step or routed")
-    try:
-        metric_spec(metric)
-    except ValueError as error:
-        raise UserError(f"--metric: {error}") from error
-    from linearsr_platform.registry.promotion import promote as decide
+    if lower_is_better(metric) is None:
+        from linearsr.metric_table import metric_spec
 
-    rule = PromoteSection.model_validate({"metric": metric, "estimate": estimate, "tolerance": tolerance})
-    decision = decide(existing_store(storage, tracking_uri), name, rule=rule, by=getpass.getuser())
-    if not decision.promoted:
-        raise StageError(f"refused: {decision.reason}")
-    typer.echo(f"models:/{name}@champion is version {decision.challenger_version}: {decision.reason}")
+        try:
+            metric_spec(metric)
+        except ValueError as error:
+            raise UserError(f"--metric: {error}") from error
+    found = list_models(open_registry(storage, tracking_uri, verbose=verbose))
+    if as_json:
+        typer.echo(json.dumps([asdict(version) for version in found], indent=1))
+        return
+    from linearsr_platform.cli.models_table import print_versions
+
+    print_versions(found, metric)
+
+
+def show(
+    model: Reference, as_json: AsJson = False, storage: Storage = "runs", tracking_uri: TrackingUri = None, verbose: Verbose = False
+) -> None:
+    """Show one version: its numbers, its experts with their knees and hashes, and what it was made from."""
+    from linearsr_platform.registry.models import CHAMPION, find_reference
+
+    client = open_registry(storage, tracking_uri, verbose=verbose)
+    version = find_reference(client, model, default=CHAMPION)
+    if not as_json:
+        from linearsr_platform.cli.models_table import print_version
+
+        print_version(version)
+        return
+    from linearsr_platform.registry.models import read_evaluation
+
+    evaluation = read_evaluation(client, version)
+    tables = {} if evaluation is None else {name: asdict(table) for name, table in evaluation.tables.items()}
+    typer.echo(json.dumps({**asdict(version), "evaluation": tables}, indent=1))
+
+
+def compare(
+    first: Reference,
+    second: Reference,
+    as_json: AsJson = False,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two versions: each metric image by image with a 95 % interval, and which experts, boundaries and data differ."""
+    from linearsr_platform.registry.compare import compare as differences
+    from linearsr_platform.registry.models import CHAMPION, find_reference
+
+    client = open_registry(storage, tracking_uri, verbose=verbose)
+    versions = [find_reference(client, model, default=CHAMPION) for model in (first, second)]
+    found = differences(client, *versions)
+    if as_json:
+        typer.echo(json.dumps({"first": versions[0].label, "second": versions[1].label, **asdict(found)}, indent=1))
+        return
+    from linearsr_platform.cli.models_table import print_comparison
+
+    print_comparison(versions[0], versions[1], found)

@@ -39,12 +39,17 @@ def inside(annotation: Any, part: str | int) -> Any | None:
     return None
 
 
-def arm_of(annotation: Any, tag: object) -> Any | None:
-    """Return the arm of a union that goes by a tag; None if there is none. pydantic puts the tag into an error's location."""
-    for arm in get_args(_bare(annotation)):
-        if any(isinstance(mark, Tag) and mark.tag == tag for mark in _constraints(arm)):
-            return arm
-    return None
+def arms_of(annotation: Any) -> dict[str, Any]:
+    """Return the arms of a union of sections by their tags, which pydantic puts into an error's location; empty for any other type.
+
+    A tag is that of a `Tag`, or the value of the key that tells the sections apart.
+    """
+    arms = get_args(_bare(annotation))
+    marked = {mark.tag: arm for arm in arms for mark in _constraints(arm) if isinstance(mark, Tag)}
+    key = next((one.discriminator for one in _constraints(annotation) if isinstance(one, FieldInfo)), None)
+    if marked or not isinstance(key, str):
+        return marked
+    return {value: arm for arm in arms for value in get_args(arm.model_fields[key].annotation)}
 
 
 def describe(annotation: Any) -> str:

@@ -9,6 +9,7 @@ from math import ceil
 
 from linearsr.experts import EFFECTIVE_LOG_SNR, noise_level
 from linearsr.metric_table import METRICS
+from linearsr_platform.recipe.promote_schema import BetterRule, NotWorseRule
 from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe
 from linearsr_platform.recipe.train_schema import TrainConfig
 
@@ -52,7 +53,7 @@ def all_rules() -> Iterator[Rule]:
         yield Rule((key,), partial(_known, key))
         yield Rule((key, "validation.weights"), partial(_have_weights, key))
     yield Rule(("evaluate.metrics", "evaluate.perceptual"), _claim_is_measured)
-    yield Rule(("evaluate.metrics", "promote.metric"), _gate_is_measured)
+    yield Rule(("evaluate", "promote.rules"), _gate_is_measured)
     yield Rule(("experts.boundaries",), _boundaries_ascend)
     yield Rule(("experts.boundaries", "experts.anchor", "search"), _anchor_splits_range)
     yield Rule(("cluster",), _devices)
@@ -144,9 +145,18 @@ def _claim_is_measured(recipe: Recipe) -> Iterator[Broken]:
 
 
 def _gate_is_measured(recipe: Recipe) -> Iterator[Broken]:
-    metric, measured = recipe.promote.metric, recipe.evaluate.metrics
-    if metric not in measured:
-        yield Broken("promote.metric", metric, f"one of evaluate.metrics ({', '.join(measured)})")
+    measured, protocol = recipe.evaluate.metrics, recipe.evaluate.protocol
+    for index, rule in enumerate(recipe.promote.rules):
+        where = f"promote.rules[{index}]"
+        if isinstance(rule, BetterRule) and rule.metric not in measured:
+            yield Broken(f"{where}.metric", rule.metric, f"one of evaluate.metrics ({', '.join(measured)})")
+        if isinstance(rule, NotWorseRule) and rule.metrics != "all":
+            for place, name in enumerate(rule.metrics):
+                if name not in measured:
+                    yield Broken(f"{where}.metrics[{place}]", name, f"one of evaluate.metrics ({', '.join(measured)})")
+        named = getattr(rule, "protocol", None)
+        if named is not None and named != protocol:
+            yield Broken(f"{where}.protocol", named, f"evaluate.protocol, {protocol}")
 
 
 def _boundaries_ascend(recipe: Recipe) -> Iterator[Broken]:

@@ -21,6 +21,7 @@ from linearsr.config import (
 from linearsr.experts import bisect_boundaries
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.degradation_schema import DegradationSection
+from linearsr_platform.recipe.promote_schema import PromoteSection
 from linearsr_platform.recipe.search_schema import SearchSection
 from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, Name, NotNegative, Positive, SecretName, SecretReference, Section
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
@@ -106,17 +107,6 @@ class EvaluateSection(Section):
     """Seed of degradation and noise of the evaluation."""
 
 
-class PromoteSection(Section):
-    """The gate between `challenger` and `champion`."""
-
-    metric: str = "psnr_y"
-    """Metric of the evaluation that decides."""
-    estimate: Literal["one_step", "routed"] = "one_step"
-    """Which of the model's two outputs it is taken from."""
-    tolerance: NotNegative = 0.0
-    """How much worse than the champion is still promoted."""
-
-
 class TrackingConfig(Section):
     """Where MLflow keeps runs and models."""
 
@@ -126,6 +116,9 @@ class TrackingConfig(Section):
     """Experiment name; unset is the recipe's name."""
     model_name: Name | None = None
     """Registered model name; unset is `linearsr-<recipe name>`."""
+    artifacts: Literal["best", "knee", "all", "none"] = "none"
+    """Which weights of each trainer its MLflow run keeps: those with the best validation, those handed on (the knee's), `all` that are
+    left, or none. The bundle is kept in any case."""
 
 
 class MachineConfig(Section):

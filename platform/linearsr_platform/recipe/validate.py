@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from linearsr_platform.errors import RecipeProblem
-from linearsr_platform.recipe.describe import arm_of, describe, inside, keys_of
+from linearsr_platform.recipe.describe import arms_of, describe, inside, keys_of
 from linearsr_platform.recipe.document import KeyPath, dotted
 from linearsr_platform.recipe.merge import Merged
 from linearsr_platform.recipe.rules import all_rules
@@ -79,9 +79,11 @@ def _translate(detail: ErrorDetails, merged: Merged) -> tuple[KeyPath, RecipePro
         path = (*section, location[-1])
         return path, _unknown_key(path, keys_of(arm) or {}, merged)
     if detail["type"] == "union_tag_invalid":
-        path = (*path, "preset")
-        names = str(detail.get("ctx", {}).get("expected_tags", "")).replace("'", "")
-        return path, _problem(path, _shown(merged.value(path)), f"one of {names}", "", merged)
+        known, wrong = list(arms_of(annotation)), str(detail["ctx"]["tag"])
+        key = detail["ctx"]["discriminator"].strip("'")
+        path = (*path, key if key.isidentifier() else "preset")
+        near = get_close_matches(wrong, known, n=1)
+        return path, _problem(path, _shown(wrong), f"one of {', '.join(known)}", f"did you mean {near[0]}?" if near else "", merged)
     value = merged.value(path)
     if detail["type"] == "missing":
         return path, _problem(path, "", f"this is missing; expected {describe(annotation)}", "", merged)
@@ -101,7 +103,7 @@ def _locate(location: KeyPath) -> tuple[KeyPath, object]:
     annotation: object = Recipe
     path: KeyPath = ()
     for part in location:
-        arm = arm_of(annotation, part)
+        arm = arms_of(annotation).get(str(part))
         if arm is not None:
             annotation = arm
             continue

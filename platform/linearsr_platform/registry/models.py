@@ -2,12 +2,12 @@
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 from linearsr.bundle import MANIFEST
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.registry.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,39 +28,16 @@ BUNDLE_IN_MODEL = "artifacts/bundle"
 """Where the bundle lies inside a model version's files."""
 DIGEST_TAG = "bundle_digest"
 EVALUATION_TAG = "evaluation"
+"""Means of every table, so that a list needs no file."""
+EVALUATION_FILE_TAG = "evaluation_file"
+"""Where the values per image are inside a version's files; named by its SHA-256."""
+EXPERTS_TAG = "lineage.experts"
+RULES_TAG = "promote_rules"
+"""The gate that a version was registered with."""
+KIND_TAG = "linearsr.kind"
+"""On registered models that are no models, such as a history."""
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The numbers of a bundle, with what makes them comparable."""
-
-    protocol: Mapping[str, object]
-    """How they were measured: degradation, crop, seed, steps, weights of metrics. JSON."""
-    test_set: str
-    """Hash of the images they were measured on."""
-    rows: Mapping[str, Mapping[str, float]]
-    """Estimate (`one_step`, `routed`, `bicubic`) to metric name to mean value."""
-
-    @classmethod
-    def from_json(cls, text: str) -> "Evaluation":
-        """Read it from the JSON that `to_json` writes.
-
-        Raises:
-            ValueError: if the text is anything else.
-        """
-        try:
-            value = json.loads(text)
-            rows = {row: {name: float(number) for name, number in values.items()} for row, values in value["rows"].items()}
-            return cls(protocol=dict(value["protocol"]), test_set=str(value["test_set"]), rows=rows)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"evaluation: got {text[:200]!r}; expected JSON with protocol, test_set and rows") from error
-
-    def to_json(self) -> str:
-        """Write it as JSON; the inverse of `from_json`."""
-        rows = {row: dict(values) for row, values in self.rows.items()}
-        return json.dumps({"protocol": dict(self.protocol), "test_set": self.test_set, "rows": rows}, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +53,17 @@ class ModelVersion:
     """Run that registered it."""
     tags: Mapping[str, str]
     """Lineage, digest of the bundle, evaluation."""
+    source: str = ""
+    """URI of its files."""
+
+    @property
+    def label(self) -> str:
+        """How people write it: `NAME/VERSION`."""
+        return f"{self.name}/{self.version}"
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The numbers stored with it; None if there are none.
+        """The means stored with it; None if there are none. `read_evaluation` also gives the values per image.
 
         Raises:
             UserError: if somebody overwrote them with something else.
@@ -87,7 +72,7 @@ class ModelVersion:
         try:
             return None if text is None else Evaluation.from_json(text)
         except ValueError as error:
-            raise UserError(f"{self.name} version {self.version}: tag {error}; fix: register the bundle again") from error
+            raise UserError(f"{self.label}: tag {error}; fix: register the bundle again") from error
 
 
 def bundle_digest(folder: Path) -> str:
@@ -99,9 +84,22 @@ def list_models(client: "MlflowClient") -> tuple[ModelVersion, ...]:
     """List every version of every model, by name, newest first."""
     found: list[ModelVersion] = []
     with registry_errors("listing models"):
-        for model in sorted(_pages(client.search_registered_models), key=lambda model: model.name):
+        for model in sorted(_models(client), key=lambda model: model.name):
             found += _versions(client, model.name, model.aliases)
     return tuple(found)
+
+
+def find_reference(client: "MlflowClient", reference: str, *, default: str | None = None) -> ModelVersion:
+    """Look up what people write: `NAME@ALIAS` or `NAME/VERSION`, with or without `models:/`; a bare `NAME` means its alias `default`.
+
+    Raises:
+        UserError: if it is written in another way, or there is no such model, alias or version; the message names the nearest.
+    """
+    text = reference if reference.startswith(SCHEME) else f"{SCHEME}{reference}"
+    match = _REFERENCE.fullmatch(text) or (_REFERENCE.fullmatch(f"{text}@{default}") if default is not None else None)
+    if match is None:
+        raise UserError(f"model: got {reference!r}; expected NAME@ALIAS or NAME/VERSION, as in linearsr-quickstart@champion")
+    return find_version(client, match["name"], match["alias"] or int(match["version"]))
 
 
 def find_version(client: "MlflowClient", name: str, alias_or_version: str | int) -> ModelVersion:
@@ -139,7 +137,7 @@ def aliases_of(client: "MlflowClient", name: str) -> dict[str, int]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise StageError(f"registry: reading {name!r} failed: {error}") from error
-        known = [model.name for model in _pages(client.search_registered_models)]
+        known = [model.name for model in _models(client)]
         raise UserError(f"model: got {name!r}; {_expected('model', name, known)}") from error
 
 
@@ -171,6 +169,37 @@ def resolve(model: str, connect: Callable[[], "MlflowClient"], *, cache: Path | 
     return folder
 
 
+def read_evaluation(client: "MlflowClient", version: ModelVersion) -> Evaluation | None:
+    """Return the numbers of a version with the values per image, as far as they were kept; None if it was never evaluated.
+
+    Raises:
+        UserError: if the file is not the one that was registered.
+        StageError: if it cannot be fetched.
+    """
+    file = version.tags.get(EVALUATION_FILE_TAG)
+    if file is None:
+        return version.evaluation
+    text = _read_file(client, version, file)
+    expected = file.rsplit("/", 1)[-1].removesuffix(".json")
+    if hashlib.sha256(text).hexdigest() != expected:
+        raise UserError(f"{version.label}: {file}: expected the evaluation that was registered, SHA-256 {expected}; fix: evaluate it again")
+    try:
+        return Evaluation.from_json(text.decode())
+    except ValueError as error:
+        raise UserError(f"{version.label}: {file}: {error}; fix: evaluate it again") from error
+
+
+def ensure_model(client: "MlflowClient", name: str, tags: Mapping[str, str] | None = None, description: str | None = None) -> None:
+    """Create a registered model unless it exists."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, tags=dict(tags or {}), description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 @contextmanager
 def registry_errors(doing: str) -> Iterator[None]:
     """Turn a failure of MLflow inside the block into one sentence.
@@ -196,23 +225,45 @@ def _checked_folder(path: str) -> Path:
 
 def _fetch(client: "MlflowClient", version: ModelVersion, digest: str, cache: Path) -> Path:
     """Return the folder of a version's bundle, downloaded if it is not on this machine."""
-    from mlflow.artifacts import download_artifacts
-
-    with registry_errors(f"finding the files of {version.name!r} version {version.version}"):
-        source = str(client.get_model_version_download_uri(version.name, str(version.version)))
-    place = urlsplit(source)
-    if place.scheme in ("", "file"):
-        return _checked_folder(str(Path(url2pathname(place.path) if place.scheme else source) / BUNDLE_IN_MODEL))
+    source, folder = _place(client, version)
+    if folder is not None:
+        return _checked_folder(str(folder / BUNDLE_IN_MODEL))
     target = cache / digest
     if not target.is_dir():
-        with storage.atomic_folder(str(target)) as temporary, registry_errors(f"downloading {source}"):
-            download_artifacts(artifact_uri=f"{source}/{BUNDLE_IN_MODEL}", dst_path=str(temporary), tracking_uri=client.tracking_uri)
+        with storage.atomic_folder(str(target)) as temporary:
+            _download(client, f"{source}/{BUNDLE_IN_MODEL}", temporary)
     return _checked_folder(str(target / Path(BUNDLE_IN_MODEL).name))
+
+
+def _read_file(client: "MlflowClient", version: ModelVersion, file: str) -> bytes:
+    """Return one of a version's files."""
+    source, folder = _place(client, version)
+    if folder is not None:
+        if not (folder / file).is_file():
+            raise UserError(f"{version.label}: expected the file {folder / file}; fix: evaluate it again")
+        return (folder / file).read_bytes()
+    with TemporaryDirectory(prefix="linearsr-") as temporary:
+        return _download(client, f"{source}/{file}", Path(temporary)).read_bytes()
+
+
+def _place(client: "MlflowClient", version: ModelVersion) -> tuple[str, Path | None]:
+    """Return the URI of a version's files, and their folder if it is on this machine."""
+    with registry_errors(f"finding the files of {version.label}"):
+        source = str(client.get_model_version_download_uri(version.name, str(version.version)))
+    place = urlsplit(source)
+    return source, Path(url2pathname(place.path) if place.scheme else source) if place.scheme in ("", "file") else None
+
+
+def _download(client: "MlflowClient", uri: str, folder: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    with registry_errors(f"downloading {uri}"):
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=client.tracking_uri))
 
 
 def _versions(client: "MlflowClient", name: str, aliases: Mapping[str, int]) -> list[ModelVersion]:
     """Return every version of a model, newest first; search results lack aliases, so they come from the model."""
-    entities = _pages(client.search_model_versions, filter_string=f"name = '{name}'")
+    entities = pages(client.search_model_versions, filter_string=f"name = '{name}'")
     found = [
         ModelVersion(
             name=name,
@@ -221,13 +272,19 @@ def _versions(client: "MlflowClient", name: str, aliases: Mapping[str, int]) -> 
             created_s=entity.creation_timestamp / 1000,
             run_id=entity.run_id or None,
             tags=dict(entity.tags),
+            source=entity.source,
         )
         for entity in entities
     ]
     return sorted(found, key=lambda version: -version.version)
 
 
-def _pages(search: Callable[..., Any], **filters: str) -> Iterator[Any]:
+def _models(client: "MlflowClient") -> Iterator[Any]:
+    """Yield registered models that are models."""
+    return (model for model in pages(client.search_registered_models) if KIND_TAG not in (model.tags or {}))
+
+
+def pages(search: Callable[..., Any], **filters: str) -> Iterator[Any]:
     """Yield what an MLflow search finds, over all its pages."""
     page = search(**filters)
     yield from page

@@ -1,175 +1,225 @@
-"""The gate between `challenger` and `champion`, and the history of who passed it."""
+"""The gate between `challenger` and `champion`: a version passes it, is refused, or comes second; and the way back."""
 
-import json
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+from uuid import uuid4
 
-from linearsr.metric_table import metric_spec
-from linearsr_platform.recipe.schema import PromoteSection
-from linearsr_platform.registry.models import CHALLENGER, CHAMPION, Evaluation, ModelVersion, aliases_of, find_version, registry_errors
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.promote_schema import PromoteSection
+from linearsr_platform.registry.gate import Contender, RuleOutcome, judge
+from linearsr_platform.registry.history import History, HistoryRow, append, read_history, settle, utc
+from linearsr_platform.registry.models import CHALLENGER, CHAMPION, ModelVersion, aliases_of, find_version, read_evaluation
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-HISTORY_PREFIX = "promotion."
-"""Registered-model tags that begin with it are rows of the history; what follows is the time, so their order is its order."""
+PATIENCE_S = 5.0
+"""How long the alias may lag behind the history before it counts as moved by somebody else: a promotion in between needs two calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromotionDecision:
-    """What the gate decided and on which numbers."""
+    """What came of asking for a promotion, and on which numbers."""
 
-    promoted: bool
-    """Whether the challenger is the champion now."""
+    state: Literal["promoted", "champion already", "refused", "too late"]
+    """`too late`: every rule held, but another version became champion in between."""
     reason: str
     """One sentence with the numbers."""
-    metric: str
-    """What was compared, as in `one_step psnr_y`."""
-    challenger_value: float | None
-    champion_value: float | None
     challenger_version: int
     champion_version: int | None
-    """The champion before."""
+    """The champion before, which the rules compared with."""
+    rules: tuple[RuleOutcome, ...] = ()
+    forced: bool = False
+    """Whether it was promoted although a rule did not hold."""
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the challenger is the champion now."""
+        return self.state in ("promoted", "champion already")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promotion:
-    """One row of the history."""
+class Waiting:
+    """Time as promotions see it."""
 
-    at: str
-    """UTC, ISO 8601."""
-    by: str
-    from_version: int | None
-    to_version: int
-    metric: str
-    challenger_value: float | None
-    champion_value: float | None
+    clock: Callable[[], float] = time.time
+    """Seconds since the epoch."""
+    sleep: Callable[[float], None] = time.sleep
+    patience_s: float = PATIENCE_S
 
 
 def promote(
-    client: "MlflowClient", name: str, *, rule: PromoteSection, by: str, clock: Callable[[], float] = time.time
+    client: "MlflowClient",
+    name: str,
+    *,
+    section: PromoteSection,
+    by: str,
+    version: int | None = None,
+    force_reason: str | None = None,
+    waiting: Waiting | None = None,
 ) -> PromotionDecision:
-    """Make the challenger of a model its champion, or refuse.
+    """Make a version of a model its champion if every rule holds.
 
     Args:
         client: client of the registry.
         name: of the registered model.
-        rule: metric, estimate and tolerance.
+        section: the rules.
         by: who asks; goes into the history.
-        clock: seconds since the epoch.
+        version: which one; the challenger by default.
+        force_reason: set promotes also where a rule does not hold, and is kept in the history.
+        waiting: clock and patience.
 
     Raises:
-        UserError: if there is no such model, or it has no challenger.
-        ValueError: if the rule's metric is unknown.
+        UserError: if there is no such model or version, or the reason is empty.
+        StageError: if MLflow refuses.
     """
-    challenger = find_version(client, name, CHALLENGER)
-    champion = find_version(client, name, CHAMPION) if CHAMPION in aliases_of(client, name) else None
-    decision = decide(challenger, champion, rule)
-    if decision.promoted and decision.challenger_version != decision.champion_version:
-        with registry_errors(f"promoting {name!r} version {challenger.version}"):
-            # The row comes first: a champion without a row would be a change that nobody can explain.
-            _append_row(client, name, decision, by, clock())
-            client.set_registered_model_alias(name, CHAMPION, str(challenger.version))
-    return decision
+    if force_reason is not None and not force_reason.strip():
+        raise UserError("--reason: got nothing; expected why the rules do not count this time; fix: --force --reason TEXT")
+    waiting = waiting or Waiting()
+    challenger = find_version(client, name, CHALLENGER if version is None else version)
+    history = _history_as_it_stands(client, name, by, waiting)
+    if history.champion == challenger.version:
+        return PromotionDecision(
+            state="champion already",
+            reason=f"version {challenger.version} is the champion already",
+            challenger_version=challenger.version,
+            champion_version=challenger.version,
+        )
+    champion = None if history.champion is None else find_version(client, name, history.champion)
+    rules = judge(_contender(client, challenger), None if champion is None else _contender(client, champion), section)
+    failed = [rule for rule in rules if not rule.passed]
+    if failed and force_reason is None:
+        return _decision(
+            "refused", f"{len(failed)} of {len(rules)} rules failed: {'; '.join(map(told, failed))}", challenger, champion, rules
+        )
+    row = HistoryRow(
+        action="promote",
+        at=utc(waiting.clock()),
+        by=by,
+        from_version=history.champion,
+        to_version=challenger.version,
+        forced=bool(failed),
+        reason=(force_reason or "").strip() if failed else "",
+        rules=rules,
+        attempt=uuid4().hex,
+    )
+    late = _write(client, name, row, waiting)
+    if late is not None:
+        return _decision("too late", late, challenger, champion, rules)
+    passed = f"all {len(rules)} rules hold" if not failed else f"forced, {len(failed)} of {len(rules)} rules failed: {row.reason}"
+    return _decision("promoted", f"{passed}: {'; '.join(map(told, rules))}", challenger, champion, rules, forced=bool(failed))
 
 
-def decide(challenger: ModelVersion, champion: ModelVersion | None, rule: PromoteSection) -> PromotionDecision:
-    """Compare two versions by a rule; changes nothing.
+def rollback(client: "MlflowClient", name: str, *, by: str, reason: str = "", waiting: Waiting | None = None) -> HistoryRow:
+    """Make the previous champion the champion again; doing it twice goes back two.
 
-    The first version passes, a champion passes against itself, anything that cannot be compared is refused.
+    Returns: the row in the history.
+
+    Raises:
+        UserError: if there was no champion before, its version was deleted, or somebody else was faster.
+        StageError: if MLflow refuses.
     """
-    ours = _value(challenger.evaluation, rule)
-    theirs = None if champion is None else _value(champion.evaluation, rule)
-    promoted, reason = _verdict(challenger, champion, ours, theirs, rule)
+    waiting = waiting or Waiting()
+    history = _history_as_it_stands(client, name, by, waiting)
+    before = history.champions[-2] if len(history.champions) > 1 else None
+    if before is None:
+        known = "there was never a champion" if history.champion is None else f"version {history.champion} is the first"
+        raise UserError(
+            f"rollback: got {name!r}; expected a model with a champion before the present one, and {known}; fix: promote another"
+        )
+    find_version(client, name, before)
+    row = HistoryRow(
+        action="rollback",
+        at=utc(waiting.clock()),
+        by=by,
+        from_version=history.champion,
+        to_version=before,
+        reason=reason.strip(),
+        attempt=uuid4().hex,
+    )
+    late = _write(client, name, row, waiting)
+    if late is not None:
+        raise UserError(f"rollback: {late}; fix: look at the history and decide again")
+    return row
+
+
+def champion_of(client: "MlflowClient", name: str) -> ModelVersion | None:
+    """Return the version with the alias `champion`, if there is one.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    return find_version(client, name, CHAMPION) if CHAMPION in aliases_of(client, name) else None
+
+
+def told(rule: RuleOutcome) -> str:
+    """Say an outcome in one phrase with both numbers."""
+    numbers = f"{shown(rule.challenger)} against {shown(rule.champion)}" if rule.champion is not None else shown(rule.challenger)
+    interval = "" if rule.interval is None else f", difference {rule.difference:+.4g} [{rule.interval[0]:+.4g}, {rule.interval[1]:+.4g}]"
+    note = f" ({rule.note})" if rule.note else ""
+    return f"{rule.rule}: {numbers}{interval}{note}"
+
+
+def shown(value: float | str | None) -> str:
+    """Write a number of a rule with enough digits to tell two models apart."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def _history_as_it_stands(client: "MlflowClient", name: str, by: str, waiting: Waiting) -> History:
+    """Return the history, once the alias agrees with it; where it does not in time, a row says that somebody moved it."""
+    give_up = waiting.clock() + waiting.patience_s
+    while True:
+        alias, history = aliases_of(client, name).get(CHAMPION), read_history(client, name)
+        if not history.rows:
+            # A champion from before the history is where it begins.
+            return History(rows=(), champions=() if alias is None else (alias,))
+        if alias == history.champion:
+            return history
+        if waiting.clock() >= give_up:
+            break
+        waiting.sleep(0.2)
+    row = HistoryRow(
+        action="moved outside", at=utc(waiting.clock()), by=by, from_version=history.champion, to_version=alias, attempt=uuid4().hex
+    )
+    _write(client, name, row, waiting)
+    return read_history(client, name)
+
+
+def _write(client: "MlflowClient", name: str, row: HistoryRow, waiting: Waiting) -> str | None:
+    """Append a row and, if it holds, move the alias; returns who came first if it does not hold."""
+    # The row comes first: a champion without a row would be a change that nobody can explain.
+    history = append(client, name, row, sleep=waiting.sleep)
+    mine = [one for one in history.rows if one.attempt == row.attempt]
+    if any(one.holds for one in mine):
+        settle(client, name)
+        return None
+    place = min(one.number for one in mine)
+    first = [one for one in history.rows if one.holds and one.number < place][-1]
+    return f"{first.by} made version {first.to_version} the champion first ({first.action}, {first.at}), so this came too late"
+
+
+def _contender(client: "MlflowClient", version: ModelVersion) -> Contender:
+    return Contender(version=version, evaluation=read_evaluation(client, version))
+
+
+def _decision(
+    state: Literal["promoted", "refused", "too late"],
+    reason: str,
+    challenger: ModelVersion,
+    champion: ModelVersion | None,
+    rules: tuple[RuleOutcome, ...],
+    *,
+    forced: bool = False,
+) -> PromotionDecision:
     return PromotionDecision(
-        promoted=promoted,
+        state=state,
         reason=reason,
-        metric=f"{rule.estimate} {rule.metric}",
-        challenger_value=ours,
-        champion_value=theirs,
         challenger_version=challenger.version,
         champion_version=None if champion is None else champion.version,
+        rules=rules,
+        forced=forced,
     )
-
-
-def history(client: "MlflowClient", name: str) -> tuple[Promotion, ...]:
-    """List the promotions of a model, oldest first."""
-    with registry_errors(f"reading the history of {name!r}"):
-        tags = client.get_registered_model(name).tags
-    return tuple(Promotion(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY_PREFIX))
-
-
-def _verdict(
-    challenger: ModelVersion, champion: ModelVersion | None, ours: float | None, theirs: float | None, rule: PromoteSection
-) -> tuple[bool, str]:
-    """Return whether the challenger passes, and why."""
-    what = f"{rule.estimate} {rule.metric}"
-    if ours is None or not math.isfinite(ours):
-        return False, f"challenger version {challenger.version} has {what} {ours}; expected a number; fix: evaluate it again"
-    if champion is None:
-        return True, f"first champion: version {challenger.version} has {what} {_shown(ours)}{_against_bicubic(challenger, rule)}"
-    if champion.version == challenger.version:
-        return True, f"version {champion.version} is the champion already, {what} {_shown(ours)}"
-    differs = _difference(challenger.evaluation, champion.evaluation)
-    if differs or theirs is None or not math.isfinite(theirs):
-        why = differs or f"its {what} is {theirs}"
-        return False, f"challenger version {challenger.version} cannot be compared with champion version {champion.version}: {why}"
-    higher = metric_spec(rule.metric).higher_is_better
-    worse_by = theirs - ours if higher else ours - theirs
-    numbers = (
-        f"{what} ({'higher' if higher else 'lower'} is better): challenger version {challenger.version} has {_shown(ours)}, "
-        f"champion version {champion.version} has {_shown(theirs)}"
-    )
-    if worse_by > rule.tolerance:
-        return False, f"{numbers}; worse by {_shown(worse_by)}, and the tolerance is {_shown(rule.tolerance)}"
-    if worse_by > 0:
-        return True, f"{numbers}; worse by {_shown(worse_by)}, which the tolerance {_shown(rule.tolerance)} allows"
-    return True, f"{numbers}; {f'better by {_shown(-worse_by)}' if worse_by else 'equal'}"
-
-
-def _value(evaluation: Evaluation | None, rule: PromoteSection) -> float | None:
-    """Return the number a rule reads; None if it was not measured."""
-    return None if evaluation is None else evaluation.rows.get(rule.estimate, {}).get(rule.metric)
-
-
-def _difference(first: Evaluation | None, second: Evaluation | None) -> str:
-    """Say why two evaluations are not comparable; empty if they are."""
-    if first is None or second is None:
-        return "one has no evaluation"
-    if first.test_set != second.test_set:
-        return f"test sets differ ({first.test_set} and {second.test_set}); fix: evaluate and register the champion on the same images"
-    keys = [key for key in sorted({*first.protocol, *second.protocol}) if first.protocol.get(key) != second.protocol.get(key)]
-    if not keys:
-        return ""
-    pairs = ", ".join(f"{key} {first.protocol.get(key)!r} and {second.protocol.get(key)!r}" for key in keys)
-    return f"protocols differ ({pairs}); fix: evaluate and register the champion under the same protocol"
-
-
-def _against_bicubic(version: ModelVersion, rule: PromoteSection) -> str:
-    """Mention bicubic's number beside a first champion's, if it was measured."""
-    bicubic = None if version.evaluation is None else version.evaluation.rows.get("bicubic", {}).get(rule.metric)
-    return "" if bicubic is None else f", bicubic has {_shown(bicubic)}"
-
-
-def _shown(value: float) -> str:
-    """Write a number with enough digits to tell two metrics apart."""
-    return f"{value:.6g}"
-
-
-def _append_row(client: "MlflowClient", name: str, decision: PromotionDecision, by: str, now_s: float) -> None:
-    """Add one row under a tag of its own, so that no row is ever rewritten."""
-    at = datetime.fromtimestamp(now_s, UTC)
-    row = Promotion(
-        at=at.isoformat(),
-        by=by,
-        from_version=decision.champion_version,
-        to_version=decision.challenger_version,
-        metric=decision.metric,
-        challenger_value=decision.challenger_value,
-        champion_value=decision.champion_value,
-    )
-    client.set_registered_model_tag(name, f"{HISTORY_PREFIX}{at:%Y%m%dT%H%M%S.%f}", json.dumps(asdict(row)))

@@ -19,8 +19,16 @@ class BundleModel(PythonModel):
     """Upsamples batches of images."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the experts of the bundle onto the device that `model_config` names."""
-        self.upscaler = Upscaler(load_bundle(Path(context.artifacts["bundle"])), device=context.model_config["device"])
+        """Load the experts of the bundle onto the device that `model_config` names.
+
+        Raises:
+            ValueError: if it is not the bundle that was registered.
+        """
+        bundle = load_bundle(Path(context.artifacts["bundle"]))
+        expected = context.model_config["bundle_digest"]
+        if bundle.digest != expected:
+            raise ValueError(f"{bundle.folder}: got a bundle with SHA-256 {bundle.digest}; expected the registered one, {expected}")
+        self.upscaler = Upscaler(bundle, device=context.model_config["device"])
 
     # Plain `np.ndarray`: MLflow reads the annotation of `model_input` as a schema, and this one leaves that to the signature.
     def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:

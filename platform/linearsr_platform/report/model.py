@@ -109,16 +109,37 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GateRow:
+    """One rule of the gate with both numbers."""
+
+    rule: str
+    asks: str
+    """What must hold, in words."""
+    challenger: float | str | None
+    champion: float | str | None
+    """None when there was no champion before, or it was not measured."""
+    difference: float | None = None
+    """Challenger minus champion."""
+    interval: tuple[float, float] | None = None
+    """Of the difference."""
+    images: int = 0
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromotionRecord:
     """What the gate decided, with the numbers that decided it."""
 
     promoted: bool
-    metric: str
-    candidate: float
-    champion: float | None
-    """None when there was no champion before."""
-    tolerance: float
+    state: str
+    """In a word or two, as in `promoted`."""
+    version: int
+    champion_version: int | None
+    """The champion before; None if there was none."""
     reason: str
+    """Shown where there are no rules to show."""
+    rules: tuple[GateRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

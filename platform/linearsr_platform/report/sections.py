@@ -7,7 +7,7 @@ from linearsr.experts import intervals, log_snr, steps_per_expert
 from linearsr_platform.report.axis import noise_axis
 from linearsr_platform.report.charts import arrow, curve_panel, expert_class, plane, sweep_panel, trainer_class
 from linearsr_platform.report.markup import DASH, MINUS, Markup, duration, element, join, metric_label, number
-from linearsr_platform.report.model import PromotionRecord, ReportData, StageRecord, TrackingRecord, TrainerCurve, measured
+from linearsr_platform.report.model import GateRow, PromotionRecord, ReportData, StageRecord, TrackingRecord, TrainerCurve, measured
 
 EMPTY = Markup("")
 QUARANTINED_SHOWN = 20
@@ -181,12 +181,46 @@ def _tracking(tracking: TrackingRecord) -> Markup:
 
 
 def _promotion(decision: PromotionRecord) -> Markup:
-    champion = "no champion before" if decision.champion is None else f"champion {number(decision.champion)}"
-    numbers = f"{metric_label(decision.metric)}: candidate {number(decision.candidate)}, {champion}, tolerance {decision.tolerance:g}"
-    return element(
+    before = "no champion before" if decision.champion_version is None else f"champion before: version {decision.champion_version}"
+    failed = sum(not rule.passed for rule in decision.rules)
+    count = f"{failed} of {len(decision.rules)} rules failed" if failed else f"all {len(decision.rules)} rules hold"
+    head = element(
         "p",
-        element("b", "Promoted to champion" if decision.promoted else "Not promoted"),
-        element("span", numbers),
-        element("span", decision.reason),
+        element("b", "Promoted to champion" if decision.promoted else decision.state.capitalize()),
+        element("span", f"version {decision.version}, {before}"),
+        element("span", count if decision.rules else decision.reason),
         class_=f"verdict {'good' if decision.promoted else 'bad'}",
     )
+    return join(head, _gate(decision.rules)) if decision.rules else head
+
+
+def _gate(rules: Iterable[GateRow]) -> Markup:
+    """Return the table of the gate's rules."""
+    columns = ("Rule", "Asks for", "Challenger", "Champion", "Difference", "Verdict")
+    header = element("tr", *(element("th", name, scope="col") for name in columns))
+    return element("div", element("table", element("thead", header), element("tbody", *map(_rule, rules))), class_="scroll")
+
+
+def _rule(rule: GateRow) -> Markup:
+    interval = "" if rule.interval is None else f" [{_signed(rule.interval[0])}, {_signed(rule.interval[1])}], {rule.images} images"
+    return element(
+        "tr",
+        element("th", rule.rule, scope="row"),
+        element("td", rule.asks),
+        element("td", _either(rule.challenger)),
+        element("td", _either(rule.champion)),
+        element("td", DASH if rule.difference is None else f"{_signed(rule.difference)}{interval}"),
+        element(
+            "td",
+            element("b", "pass" if rule.passed else "fail", class_="good" if rule.passed else "bad"),
+            f" {rule.note}" if rule.note else "",
+        ),
+    )
+
+
+def _either(value: float | str | None) -> str:
+    return value if isinstance(value, str) else number(value)
+
+
+def _signed(value: float) -> str:
+    return number(value, signed=True)

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from linearsr.bundle import save_bundle
 from linearsr_platform import storage
+from linearsr_platform.stages.code_version import code_version
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.experts import boundaries_of, expert_names
 from linearsr_platform.stages.jobs import knee_weights, model_config, statistics_of
@@ -25,6 +26,8 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     trainers = context.results["finetune"].data["trainers"]
     names = expert_names(context)
     lineage = {
+        "code": code_version(),
+        "experts": [expert_lineage(context, name) for name in names],
         "recipe": context.recipe.name,
         "recipe_hash": context.loaded.hash,
         "manifest_digest": manifest_of(context).digest,
@@ -52,6 +55,17 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         storage.copy_tree(str(folder), bundle_url_in(url))
     tracked.set_tags({"bundle_digest": bundle.digest})
     return StageOutput(f"{len(names)} experts, digest {bundle.digest[:12]}", {"digest": bundle.digest})
+
+
+def expert_lineage(context: RunContext, name: str) -> dict[str, object]:
+    """Return what an expert came from: the weights that each stage handed on, from the first, and the knee in each."""
+    weights, knees = {}, {}
+    for stage, trainer in (("pretrain", "pretrain"), ("experts", name), ("finetune", name)):
+        outcome = context.results[stage].data["trainers"][trainer]
+        # Relative, so that the same training has the same identity under another storage root.
+        weights[stage] = str(outcome["knee_weights"]).removeprefix(context.run_url).lstrip("/")
+        knees[stage] = {"step": outcome["knee_step"], "confirmed": outcome["decision"]["confirmed_at"] is not None}
+    return {"name": name, "weights": weights, "knees": knees}
 
 
 def bundle_url(context: RunContext) -> str:

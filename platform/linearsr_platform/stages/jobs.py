@@ -22,6 +22,7 @@ from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.knee_plot import plot_knee
 from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.kept_weights import Policy, kept_weights
 from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
 from linearsr_platform.train.job import TrainJob
@@ -149,7 +150,7 @@ def run_jobs(
     done = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainOutcome)}
     for name, run in runs.items():
         if name in done:
-            _log_outcome(run, done[name])
+            _log_outcome(run, done[name], context.recipe.tracking.artifacts)
         run.finish("FINISHED" if name in done else "FAILED")
     if failed:
         raise _failure(failed, done)
@@ -220,7 +221,7 @@ def _params(job: TrainJob) -> dict[str, object]:
     return {"train": job.train.model_dump(mode="json"), "interval": interval, "init_weights": job.init_weights, "seed": job.seed}
 
 
-def _log_outcome(run: TrackedRun, outcome: TrainOutcome) -> None:
+def _log_outcome(run: TrackedRun, outcome: TrainOutcome, artifacts: Policy) -> None:
     with TemporaryDirectory(prefix="linearsr-knee-") as folder:
         picture = Path(folder) / "knee.png"
         points = [(int(point["step"]), {name: point[name] for name in point if name != "step"}) for point in outcome.history]
@@ -236,6 +237,9 @@ def _log_outcome(run: TrackedRun, outcome: TrainOutcome) -> None:
     if outcome.trips:
         # Whole: those before a restart of this process too.
         run.log_trips([Trip(**trip) for trip in outcome.trips])
+    for url in kept_weights(outcome, artifacts):
+        with storage.local_path(url) as path:
+            run.log_artifact(path, "weights")
     run.set_tags({"stopped_by": outcome.stopped_by, "knee_weights": outcome.knee_weights})
     if outcome.messages:
         run.set_tags({"messages": "; ".join(outcome.messages)})

@@ -1,4 +1,4 @@
-"""Stage `promote`: the challenger becomes champion, or is refused with the number that decided."""
+"""Stage `promote`: the challenger becomes champion, or is refused by the rules that did not hold."""
 
 from dataclasses import asdict
 
@@ -8,14 +8,17 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 
 def settings(context: RunContext) -> object:
-    """Return the rule."""
+    """Return the rules."""
     return context.recipe.promote.model_dump(mode="json")
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
-    """Decide and, if the rule holds, move the alias. A refusal is a result, not a failure: the champion stays."""
+    """Decide and, if every rule holds, move the alias. A refusal is a result, not a failure: the champion stays."""
     name = context.recipe.model_name
-    decision = promote(context.tracker.client, name, rule=context.recipe.promote, by=context.user)
+    version = int(context.results["register"].data["version"])
+    decision = promote(context.tracker.client, name, section=context.recipe.promote, by=context.user, version=version)
     tracked.set_tags({"promoted": decision.promoted, "reason": decision.reason})
-    verdict = f"models:/{name}@champion is version {decision.challenger_version}" if decision.promoted else "refused"
-    return StageOutput(f"{verdict}: {decision.reason}", {"decision": asdict(decision)})
+    told = {"promoted": decision.promoted, **asdict(decision)}
+    tracked.log_dict(told, "promotion.json")
+    verdict = f"models:/{name}@champion is version {decision.challenger_version}" if decision.promoted else decision.state
+    return StageOutput(f"{verdict}: {decision.reason}", {"decision": told})

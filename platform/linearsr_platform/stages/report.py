@@ -14,6 +14,7 @@ from linearsr_platform.report.html import render_report, write_report
 from linearsr_platform.report.model import (
     EstimateKind,
     EvaluationRow,
+    GateRow,
     LineageRow,
     MetricColumn,
     PromotionRecord,
@@ -162,15 +163,13 @@ def _promotion(context: RunContext) -> PromotionRecord | None:
     if "promote" not in context.results:
         return None
     decision = context.results["promote"].data["decision"]
-    if decision["challenger_value"] is None:
-        return None
     return PromotionRecord(
         promoted=decision["promoted"],
-        metric=decision["metric"],
-        candidate=decision["challenger_value"],
-        champion=decision["champion_value"],
-        tolerance=context.recipe.promote.tolerance,
+        state=decision["state"],
+        version=decision["challenger_version"],
+        champion_version=decision["champion_version"],
         reason=decision["reason"],
+        rules=tuple(GateRow(**{**rule, "interval": rule["interval"] and tuple(rule["interval"])}) for rule in decision["rules"]),
     )
 
 
