@@ -16,7 +16,7 @@ import torch
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.data.reader import CropReader, caption_of, read_images
+from linearsr_platform.data.reader import CropReader, Lanes, caption_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, BatchSource, Task
@@ -76,16 +76,29 @@ def _train(job: TrainJob, board: ProgressBoard) -> None:
         run_training(engine, batches, validation, job, observer, resume=resume)
 
 
-def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int) -> BatchSource:
-    """Return the micro-batches of one of a job's workers."""
+def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int, lanes: Lanes | None = None) -> BatchSource:
+    """Return the micro-batches of one of a job's workers.
+
+    Args:
+        job: what is trained.
+        task: makes the examples.
+        rank: the worker's number.
+        world_size: workers that there are now; with the accumulation they divide the job's batch.
+        lanes: of the run that is resumed, from `lanes_of` of its workers' reader states; None where it starts.
+    """
+    train = job.train
     reader = CropReader(
         job.train_shards,
         task.transform,
-        batch_size=job.train.micro_batch_size,
-        crops_per_image=job.train.crops_per_image,
+        batch_size=train.batch_size // (world_size * train.accumulation),
+        crops_per_image=train.crops_per_image,
         seed=job.seed,
         rank=rank,
         world_size=world_size,
+        accumulation=train.accumulation,
+        lanes=lanes,
+        workers=train.loader_workers,
+        cache=job.cache,
     )
     return cast("BatchSource", reader)
 
