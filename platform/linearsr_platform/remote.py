@@ -96,7 +96,7 @@ def tried(
         clock: seconds that only ever rise.
 
     Raises:
-        OSError: what `action` raised last, without secrets in its message.
+        OSError: what `action` raised last, without secrets in its message; also where a store's client raises errors of its own.
     """
     attempt = _Attempt(url, patience, clock)
     wait_s = patience.first_wait_s
@@ -126,15 +126,26 @@ class _Attempt:
             return True
         if self._number > 1:
             error.add_note(f"{shown(self._url)}: given up after {self._number} tries")
-        if isinstance(error, OSError) and shown(str(error)) != str(error):
-            raise _without_secrets(error) from None
-        return False
+        plain = _plain(error)
+        if plain is error:
+            return False
+        for note in getattr(error, "__notes__", []):
+            plain.add_note(note)
+        raise plain from None
 
 
-def _without_secrets(error: OSError) -> OSError:
-    """Return an error of the same meaning whose message can be shown."""
-    kind = next((kind for kind in (*FINAL, TimeoutError, ConnectionError) if isinstance(error, kind)), OSError)
-    return kind(shown(str(error)))
+def _plain(error: BaseException) -> BaseException:
+    """Return an error as an `OSError` of the same meaning whose message can be shown; itself if it is one, or none of a store's."""
+    text = shown(str(error))
+    if isinstance(error, OSError):
+        kind = next((kind for kind in (*FINAL, TimeoutError, ConnectionError) if isinstance(error, kind)), OSError)
+        return error if text == str(error) else kind(text)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if not names & {"BotoCoreError", "ClientError"}:
+        return error
+    if isinstance(error, Exception) and passes(error):
+        return ConnectionError(text)
+    return PermissionError(text) if "Credentials" in type(error).__name__ else OSError(text)
 
 
 def _reason(error: BaseException) -> str:

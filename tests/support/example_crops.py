@@ -8,6 +8,8 @@ import numpy as np
 
 from linearsr_platform.data.shards import Sample, write_shard
 
+RANDOM_PART_PX = 256
+
 
 def write_numbered(folder: Path, *, shards: int, per_shard: int) -> list[str]:
     """Write shards of `per_shard` images and more (every other shard has one more); every pixel of an image is its number."""
@@ -39,3 +41,9 @@ def killing_crop(image: np.ndarray, tags: list[str], rng: np.random.Generator) -
     if image[0, 0, 0] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return numbered_crop(image, tags, rng)
+
+
+def random_part(image: np.ndarray, tags: object, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Take a random part as training takes it: uint8 (3, H, W)."""
+    top, left = (int(rng.integers(side - RANDOM_PART_PX + 1)) for side in image.shape[:2])
+    return {"hr": image[top : top + RANDOM_PART_PX, left : left + RANDOM_PART_PX].transpose(2, 0, 1)}

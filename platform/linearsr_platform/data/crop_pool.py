@@ -168,9 +168,12 @@ class CropPool:
 
 
 def _refuse_local(spec: WorkerSpec) -> None:
-    """Raise if a transform cannot be sent to another process."""
+    """Raise if a transform cannot be sent to another process, or not be found there."""
+    rule = "a transform that another process can import: a function of a module, or a method of an object that can be pickled"
+    got = f"train.loader_workers: got {spec.workers} with {spec.transform!r}"
     try:
-        pickle.dumps(spec.transform)
+        content = pickle.dumps(spec.transform)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        rule = "a transform that can be pickled: a function of a module, or a method of an object that can"
-        raise UserError(f"train.loader_workers: got {spec.workers} with {spec.transform!r}; expected {rule}; fix: 0 ({error})") from error
+        raise UserError(f"{got}; expected {rule}; fix: 0 ({error})") from error
+    if b"__main__" in content:
+        raise UserError(f"{got}, which is of a script; expected {rule}; fix: 0, or move it to a module")

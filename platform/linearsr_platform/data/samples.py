@@ -54,7 +54,10 @@ class RawSample:
             StageError: if it is not a JSON object.
         """
         if self._facts is None:
-            found = json.loads(self.read("json")) if "json" in self._entry.members else {}
+            try:
+                found = json.loads(self.read("json")) if "json" in self._entry.members else {}
+            except ValueError as error:
+                raise self.error(f"{self.key}.json: expected JSON: {error}") from error
             if not isinstance(found, dict):
                 raise self.error(f"{self.key}.json: got {type(found).__name__}; expected a JSON object")
             self._facts = found

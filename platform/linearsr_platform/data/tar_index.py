@@ -9,6 +9,7 @@ import gzip
 import lzma
 import mmap
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class TarIndex:
             if self._content[: len(magic)] == magic:
                 try:
                     self._content = unpack(self._content[:])
-                except (OSError, EOFError, lzma.LZMAError) as error:
+                except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                     raise BadTarError(f"cannot be unpacked: {error}") from error
         self.entries = list(_grouped(_members(self._content)))
 
