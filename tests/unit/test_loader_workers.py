@@ -4,19 +4,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from example_crops import failing_crop, killing_crop, numbered_crop, write_numbered
 
+from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfig, LatentStatistics, ModelConfig, TagsConfig
+from linearsr.task import SuperResolutionTask, TaskConfig
 from linearsr_platform.data.reader import CropReader
+from linearsr_platform.data.shards import Sample, write_shard
 from linearsr_platform.errors import StageError, UserError
 
 
@@ -79,6 +85,34 @@ def test_several_lanes_with_accumulation_come_out_of_processes_too(shards: list[
     one.close()
 
 
+def test_the_methods_own_examples_come_out_of_processes_as_they_are(root: Path) -> None:
+    """With torch in each process, on photographs."""
+    model = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), tags=TagsConfig(vocabulary=("cat",), max_tags=2))
+    task = SuperResolutionTask(
+        TaskConfig(
+            model=model,
+            statistics=LatentStatistics(mean=(0.0,) * 48, std=(0.5,) * 48, residual_std=(0.4,) * 48),
+            interval=(0.0, 1.0),
+            degradation=DegradationConfig(),
+            augmentation=AugmentationConfig(),
+            crop_px=64,
+            validation_steps=1,
+            metrics=("psnr_y",),
+        )
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with Image.open(root / "pipelines/quickstart/example.jpg") as image:
+            pixels = np.asarray(image.convert("RGB"))
+        parts = [Sample(f"{i}", pixels[10 * i : 10 * i + 120, 30 * i : 30 * i + 120], {"tags": ["cat"]}) for i in range(4)]
+        write_shard(folder, "a.tar", parts)
+        found = []
+        for workers in (0, 2):
+            one = reader([f"{folder}/a.tar"], workers, transform=task.transform)
+            found.append(list(islice(one, 6)))
+            one.close()
+    assert all(same(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_an_error_in_a_process_comes_up_with_sample_and_traceback(shards: list[str]) -> None:
     one = reader(shards, 2, transform=failing_crop)
     with pytest.raises(StageError, match=r"00001\.tar: sample image-7: loader worker \d failed: ZeroDivisionError: seven") as raised:
@@ -110,7 +144,10 @@ PARENT = """
 import os, sys, time
 sys.path[:0] = [{support!r}]
 from example_crops import numbered_crop
+from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfig, LatentStatistics, ModelConfig, TagsConfig
+from linearsr.task import SuperResolutionTask, TaskConfig
 from linearsr_platform.data.reader import CropReader
+from linearsr_platform.data.shards import Sample, write_shard
 reader = CropReader({shards!r}, numbered_crop, batch_size=6, crops_per_image=3, seed=0, workers=2)
 next(reader)
 print(*reader.process_ids, flush=True)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from linearsr_platform.data.batches import Arrays
+from linearsr_platform.data.batches import Arrays, Transform
 from linearsr_platform.data.crop_worker import FAILED, JUMP, MAKE, WorkerSpec
 from linearsr_platform.data.sequence import State
 from linearsr_platform.errors import StageError, UserError
@@ -46,11 +46,7 @@ class CropPool:
         Args:
             spec: of all workers; `number` and `parent` are filled in.
             state: where to begin.
-
-        Raises:
-            UserError: if the transform cannot go to another process.
         """
-        _refuse_local(spec)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
         self._layout, self._slots = spec.layout, spec.slots
@@ -167,13 +163,18 @@ class CropPool:
         return StageError(f"training data: loader worker {number} (process {process.pid}) {how}; expected it to run; {fix}")
 
 
-def _refuse_local(spec: WorkerSpec) -> None:
-    """Raise if a transform cannot be sent to another process, or not be found there."""
+def pickled(transform: Transform) -> bytes:
+    """Return a transform as other processes get it.
+
+    Raises:
+        UserError: if it cannot be sent to one, or not be found there.
+    """
     rule = "a transform that another process can import: a function of a module, or a method of an object that can be pickled"
-    got = f"train.loader_workers: got {spec.workers} with {spec.transform!r}"
+    got = f"train.loader_workers: got {transform!r}"
     try:
-        content = pickle.dumps(spec.transform)
+        content = pickle.dumps(transform)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(f"{got}; expected {rule}; fix: 0 ({error})") from error
     if b"__main__" in content:
         raise UserError(f"{got}, which is of a script; expected {rule}; fix: 0, or move it to a module")
+    return content

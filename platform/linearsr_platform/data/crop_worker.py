@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from linearsr_platform import storage
-from linearsr_platform.data.batches import BatchLayout, CropMaker, Transform, place
+from linearsr_platform.data.batches import BatchLayout, CropMaker, place
 from linearsr_platform.data.cache import ShardCache
 from linearsr_platform.data.lanes import Crop, CropPlan
 from linearsr_platform.data.sequence import CropSequence
@@ -43,7 +43,8 @@ class WorkerSpec:
     sequence: dict[str, int]
     """Arguments of `CropSequence`."""
     cache: ShardCacheConfig | None
-    transform: Transform
+    transform: bytes
+    """Pickled."""
     layout: BatchLayout
     slots: int
     """Batches in shared memory."""
@@ -68,9 +69,9 @@ def serve(link: Connection, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _Reported(link) as report:
         spec: WorkerSpec = pickle.loads(link.recv_bytes())  # noqa: S301, it comes from the parent
-        _single_thread()
         report.number = spec.number
         worker = _Worker(spec, memory)
+        _single_thread()
         while (message := _receive(link, spec.parent)) is not None:
             what, content = message
             if what == JUMP:
@@ -89,7 +90,7 @@ class _Worker:
     def __init__(self, spec: WorkerSpec, memory: int) -> None:
         self._spec = spec
         self.sequence = CropSequence(spec.plan, make_files(spec.cache), **spec.sequence)
-        self._maker = CropMaker(spec.transform, spec.plan.seed)
+        self._maker = CropMaker(pickle.loads(spec.transform), spec.plan.seed)  # noqa: S301, it comes from the parent
         buffer = memoryview(mmap.mmap(memory, spec.slots * spec.layout.slot_bytes))
         self._slots = [spec.layout.views(buffer, slot) for slot in range(spec.slots)]
 

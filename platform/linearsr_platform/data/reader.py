@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linearsr_platform import storage
 from linearsr_platform.data.batches import Arrays, BatchLayout, CropMaker, Transform, place
-from linearsr_platform.data.crop_pool import SLOTS, CropPool
+from linearsr_platform.data.crop_pool import SLOTS, CropPool, pickled
 from linearsr_platform.data.crop_worker import WorkerSpec, make_files
 from linearsr_platform.data.lanes import CropPlan, Lanes, lanes_of
 from linearsr_platform.data.samples import RawSample, caption_of, read_images, read_shard
@@ -67,7 +67,9 @@ class CropReader:
         run = lanes or Lanes(world_size, batch_size)
         self._plan = CropPlan(shard_urls=tuple(shard_urls), lanes=run, crops_per_image=crops_per_image, seed=seed)
         self._where = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "accumulation": accumulation}
-        self._transform, self._workers, self._cache, self._trace = transform, workers, cache, trace
+        self._workers, self._cache, self._trace = workers, cache, trace
+        # Now, while it is new: validation may load networks into the task that nobody wants to send around.
+        self._sent = pickled(transform) if workers else b""
         self._files = make_files(cache)
         self._sequence = CropSequence(self._plan, self._files, **self._where)
         self._maker = CropMaker(transform, seed)
@@ -143,7 +145,7 @@ class CropReader:
             plan=self._plan,
             sequence=self._where,
             cache=self._cache,
-            transform=self._transform,
+            transform=self._sent,
             layout=BatchLayout.of(self._maker.make(first.next_batch()[0]), self._where["batch_size"]),
             slots=SLOTS,
         )
