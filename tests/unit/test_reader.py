@@ -279,3 +279,22 @@ def test_examples_that_are_not_alike_are_named(shards: list[str]) -> None:
 
     with pytest.raises(StageError, match=r"sample image-\d+: got image as uint8 \([45], 20, 3\)"):
         list(islice(reader(shards, transform=ragged), 10))
+
+
+def test_memory_of_batches_is_used_again_only_when_nobody_has_them(shards: list[str]) -> None:
+    stream = reader(shards)
+    first = next(stream)
+    kept = {name: value.clone() for name, value in first.items()}
+    # A view of a tensor, a numpy view of a view: all of them keep the batch.
+    views = [first["image"][1:, :, 2:].numpy()[:1], first["draw"][2:]]
+    expected = [views[0].copy(), views[1].clone()]
+    del first
+    places = {next(stream)["image"].data_ptr() for _ in range(20)}
+    assert len(places) <= 2
+    assert np.array_equal(views[0], expected[0])
+    assert torch.equal(views[1], expected[1])
+    held = list(islice(stream, 12))
+    again = reader(shards)
+    assert same(next(again), kept)
+    assert all(same(one, other) for one, other in zip(held, islice(again, 20, None), strict=False))
+    assert len({batch["image"].data_ptr() for batch in held}) == 12

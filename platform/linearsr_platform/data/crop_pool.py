@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from linearsr_platform.data.batches import Arrays, Transform
+from linearsr_platform.data.batches import Arrays, BatchMemory, Transform
 from linearsr_platform.data.crop_worker import FAILED, JUMP, MAKE, WorkerSpec
 from linearsr_platform.data.sequence import State
 from linearsr_platform.errors import StageError, UserError
@@ -49,7 +49,7 @@ class CropPool:
         """
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
-        self._layout, self._slots = spec.layout, spec.slots
+        self._layout, self._slots, self._memory = spec.layout, spec.slots, BatchMemory()
         memory = os.memfd_create("linearsr-batches", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, spec.slots * spec.layout.slot_bytes)
@@ -73,7 +73,9 @@ class CropPool:
         """
         self._await_all()
         views = self._layout.views(memoryview(self._buffer), self._next % self._slots)
-        batch = {name: view.copy() for name, view in views.items()}
+        batch = self._memory.take(self._layout)
+        for name, view in views.items():
+            batch[name][...] = view
         self._next += 1
         self._ask()
         return batch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from linearsr_platform import storage
-from linearsr_platform.data.batches import Arrays, BatchLayout, CropMaker, Transform, place
+from linearsr_platform.data.batches import Arrays, BatchLayout, BatchMemory, CropMaker, Transform, place
 from linearsr_platform.data.crop_pool import SLOTS, CropPool, pickled
 from linearsr_platform.data.crop_worker import WorkerSpec, make_files
 from linearsr_platform.data.lanes import CropPlan, Lanes, lanes_of
@@ -72,7 +72,7 @@ class CropReader:
         self._sent = pickled(transform) if workers else b""
         self._files = make_files(cache)
         self._sequence = CropSequence(self._plan, self._files, **self._where)
-        self._maker = CropMaker(transform, seed)
+        self._maker, self._memory = CropMaker(transform, seed), BatchMemory()
         self._layout: BatchLayout | None = None
         self._pool: CropPool | None = None
 
@@ -97,7 +97,7 @@ class CropReader:
                 example = self._maker.make(crop)
                 if self._layout is None:
                     self._layout = BatchLayout.of(example, len(crops))
-                arrays = arrays or self._layout.allocate()
+                arrays = arrays or self._memory.take(self._layout)
                 place(arrays, position, example, crop)
         if self._trace is not None:
             for crop in crops:
