@@ -1,5 +1,6 @@
 """Many processes in one small cache, in front of a store that answers badly, and one of them killed: always the right content."""
 
+import fcntl
 import os
 import random
 import signal
@@ -64,7 +65,7 @@ def test_processes_share_a_small_cache_and_one_dies(tmp_path: Path) -> None:
             if kill_at is not None and time.monotonic() > kill_at:
                 readers[0].send_signal(signal.SIGKILL)
                 kill_at = None
-            time.sleep(0.002)
+            time.sleep(0.02)
         outputs = [one.communicate() for one in readers]
         assert [one.returncode for one in readers] == [-signal.SIGKILL, 0, 0, 0], outputs[1][1].decode()
         assert all(len(out.split()) > 3 for out, _ in outputs[1:])
@@ -73,7 +74,7 @@ def test_processes_share_a_small_cache_and_one_dies(tmp_path: Path) -> None:
         cache = ShardCache(str(folder), max_bytes=ROOM * SIZE, room_wait_s=0)
         for url in urls:
             cache.open(url).close()
-        assert not list(folder.glob("*.part"))
+        assert not [*folder.glob("*.part"), *folder.glob("*.room")]
         cache.close()
 
 
@@ -91,12 +92,14 @@ def test_of_several_that_want_one_shard_one_fetches_it(tmp_path: Path) -> None:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of all shards, whole and partial; one that is renamed during the count counts once."""
+    """Return the size of all shards, whole and partial, at one moment: nobody makes room meanwhile, and what is renamed counts once."""
     sizes: dict[str, int] = {}
-    for path in folder.iterdir():
-        if path.suffix in (".tar", ".part"):
-            try:
-                sizes[path.stem] = path.stat().st_size
-            except FileNotFoundError:
-                continue
+    with (folder / "space.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.iterdir():
+            if path.suffix in (".tar", ".part"):
+                try:
+                    sizes[path.stem] = path.stat().st_size
+                except FileNotFoundError:
+                    continue
     return sum(sizes.values())

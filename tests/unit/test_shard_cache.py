@@ -87,6 +87,26 @@ def test_what_a_crash_left_is_deleted_and_holds_nobody_up(urls: list[str], cache
     assert not list((tmp_path / "cache").glob("dead*"))
 
 
+def test_room_is_kept_for_what_is_only_partly_there(urls: list[str], cache: Callable[..., ShardCache], tmp_path: Path, monkeypatch) -> None:
+    """While a shard is fetched, from the first byte on, another process finds no room where it will be."""
+    seen: list[object] = []
+
+    def slow(url: str, target: Path) -> None:
+        with monkeypatch.context() as inner:
+            inner.setattr("linearsr_platform.data.cache.storage.download", download)
+            target.write_bytes(b"")
+            with pytest.raises(StageError, match="no room"):
+                cache(1.5).open(urls[1])
+            seen.append(url)
+        download(url, target)
+
+    download = storage.download
+    monkeypatch.setattr("linearsr_platform.data.cache.storage.download", slow)
+    assert content(cache(1.5), urls[0]) == bytes(SIZE)
+    assert seen == urls[:1]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock") == [".tar"]
+
+
 def test_the_next_shard_comes_in_the_background(urls: list[str], cache: Callable[..., ShardCache], tmp_path: Path) -> None:
     one = cache(4)
     one.prefetch(urls[0])

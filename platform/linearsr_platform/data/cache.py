@@ -20,7 +20,8 @@ from queue import Empty, SimpleQueue
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
 
-FILE, PARTIAL, LOCK = ".tar", ".part", ".lock"
+FILE, PARTIAL, ROOM, LOCK = ".tar", ".part", ".room", ".lock"
+"""A shard; one that is being fetched; an empty file as large as that will be, which keeps its room; and the lock of all three."""
 SPACE = "space.lock"
 """Held while room is made, so that two processes never count the same room as theirs."""
 ROOM_WAIT_S, LOOK_S = 120.0, 0.1
@@ -159,8 +160,8 @@ class ShardCache:
 
     def _fetch(self, url: str, path: Path, size: int, deadline: float) -> bool:
         """Fetch a shard whose lock is held; False if there is no room for it until the deadline."""
-        partial = path.with_suffix(PARTIAL)
-        if not self._reserve(partial, size, url, deadline):
+        partial, room = path.with_suffix(PARTIAL), path.with_suffix(ROOM)
+        if not self._reserve(room, size, url, deadline):
             return False
         try:
             storage.download(url, partial)
@@ -168,17 +169,18 @@ class ShardCache:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+            room.unlink(missing_ok=True)
         return True
 
-    def _reserve(self, partial: Path, size: int, url: str, deadline: float) -> bool:
+    def _reserve(self, room: Path, size: int, url: str, deadline: float) -> bool:
         """Make room and take it by an empty file of the final size."""
         if size > self._max_bytes:
             got = f"data.cache_gb: got {self._max_bytes / 1e9:g}"
             raise UserError(f"{got}; expected at least {2 * size / 1e9:g}: {storage.shown(url)} has {size} bytes; fix: raise it")
         while True:
             with self._space():
-                if self._make_room(size, partial):
-                    with partial.open("wb") as file:
+                if self._make_room(size, room):
+                    with room.open("wb") as file:
                         file.truncate(size)
                     return True
             if time.monotonic() >= deadline:
@@ -198,16 +200,17 @@ class ShardCache:
         own.unlink(missing_ok=True)
         files: list[tuple[float, int, Path]] = []
         for path in self._folder.iterdir():
-            if path.suffix in (FILE, PARTIAL):
+            if path.suffix in (FILE, PARTIAL, ROOM):
                 try:
                     found = path.stat()
                 except FileNotFoundError:  # fetched or given up meanwhile
                     continue
-                files.append((found.st_mtime if path.suffix == FILE else 0.0, found.st_size, path))
+                # What is being fetched grows, and begins anew when the connection breaks: the room kept for it counts instead.
+                files.append((found.st_mtime if path.suffix == FILE else 0.0, 0 if path.suffix == PARTIAL else found.st_size, path))
         room = self._max_bytes - sum(file_size for _, file_size, _ in files) - size
         for _, file_size, path in sorted(files):
-            # A partial file that nobody holds the lock of is of a process that died.
-            if (room < 0 or path.suffix == PARTIAL) and self._delete(path):
+            # What is not whole, and nobody holds the lock of, is of a process that died.
+            if (room < 0 or path.suffix != FILE) and self._delete(path):
                 room += file_size
         return room >= 0
 
