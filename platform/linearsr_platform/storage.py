@@ -2,31 +2,77 @@
 
 Local paths come back absolute and without `file://`. Every write is whole or absent: local files get a temporary name first,
 object stores publish an object only once it is complete. Missing files raise `FileNotFoundError`, as `open` does.
+
+Stores behind a network throttle and drop connections; such calls are tried again for half a minute (`linearsr_platform.remote`).
+`memory://` is the memory of one process: fine in a test, of no use between a command and its workers.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from fsspec import AbstractFileSystem
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform.errors import UserError
+from linearsr_platform.remote import CutOffError, shown, tried
+
+__all__ = [
+    "absolute",
+    "atomic_file",
+    "atomic_folder",
+    "copy_file",
+    "copy_tree",
+    "download",
+    "exists",
+    "filesystem",
+    "is_local",
+    "is_shared",
+    "join",
+    "list_files",
+    "list_folders",
+    "local_path",
+    "name_of",
+    "parent",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "remove",
+    "shown",
+    "size_and_version",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
+
+T = TypeVar("T")
 
 TEMPORARY_MARK = ".part-"
 """Part of the name of unfinished files and folders; listings leave them out."""
+S3 = ("s3://", "s3a://")
+S3_TRIES = 2
+"""Of s3fs for one call, under those of `remote.tried`."""
+VERSIONS = ("ETag", "etag", "md5Hash", "version_id", "LastModified", "last_modified", "mtime", "created")
+"""What file systems say about a file that changes with its content, the best first."""
 
 
 def is_local(url: str) -> bool:
     """Tell whether a URL is a path on this machine."""
     return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def is_shared(url: str) -> bool:
+    """Tell whether other processes see the same files under a URL: not those of `memory://`."""
+    return not url.startswith("memory://")
 
 
 def absolute(url: str, folder: str | None = None) -> str:
@@ -68,16 +114,63 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         UserError: if the scheme is unknown or its package is not installed.
     """
     try:
-        fs, path = url_to_fs(absolute(url), use_listings_cache=False)
+        fs, path = url_to_fs(absolute(url), use_listings_cache=False, **_options(url))
     except (ImportError, ValueError) as error:
-        raise UserError(f"storage: got {url!r}; expected a path or a URL that fsspec can open; fix: {error}") from error
+        got = f"storage: got {shown(url)!r}"
+        raise UserError(f"{got}; expected a path or a URL that fsspec can open; fix: {shown(str(error))}") from None
+    if url.startswith(S3):
+        fs.retries = S3_TRIES
     return fs, path
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Return what a file system needs beside its URL: requests to S3 are tried thrice, the rest is left to `remote.tried`.
+
+    Twenty-five tries, which botocore and s3fs make of one call together, would take minutes to say that a store is gone.
+    """
+    if not url.startswith(S3):
+        return {}
+    settings: dict[str, Any] = conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 3}} | settings}
+
+
+def _call(url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
+    """Do something with the file system and path of a URL, with patience if it is remote."""
+    fs, path = filesystem(url)
+    return action(fs, path) if isinstance(fs, LocalFileSystem) else tried(url, lambda: action(fs, path))
 
 
 def exists(url: str) -> bool:
     """Tell whether a file or folder is there."""
-    fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    return _call(url, lambda fs, path: bool(fs.exists(path)))
+
+
+def size_and_version(url: str) -> tuple[int, str]:
+    """Return a file's bytes, and a text that changes when its store says that the content did.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    info: dict[str, Any] = _call(url, lambda fs, path: dict(fs.info(path)))
+    return int(info["size"]), next((f"{name} {info[name]}" for name in VERSIONS if info.get(name)), "")
+
+
+def download(url: str, target: Path) -> None:
+    """Copy a file to a local path, whole; what was there before is gone. May leave a part of it after an error.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    _call(url, lambda fs, path: _get(fs, path, target))
+
+
+def _get(fs: AbstractFileSystem, path: str, target: Path) -> None:
+    """Get one file and compare its size."""
+    target.unlink(missing_ok=True)
+    fs.get_file(path, str(target))
+    got, expected = target.stat().st_size, int(fs.info(path)["size"])
+    if got != expected:
+        raise CutOffError(f"got {got} bytes; expected {expected}")
 
 
 def read_bytes(url: str) -> bytes:
@@ -86,8 +179,7 @@ def read_bytes(url: str) -> bytes:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    return _call(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
 def read_text(url: str) -> str:
@@ -105,7 +197,7 @@ def read_json(url: str) -> object:
     try:
         value: object = json.loads(read_bytes(url))
     except ValueError as error:
-        raise UserError(f"{url}: expected a JSON file: {error}; fix: delete it and run the stage that writes it again") from error
+        raise UserError(f"{shown(url)}: expected a JSON file: {error}; fix: delete it and run the stage that writes it again") from error
     return value
 
 
@@ -144,7 +236,7 @@ def atomic_file(url: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
         temporary = Path(folder, name_of(url))
         yield temporary
-        fs.put_file(str(temporary), path)
+        tried(url, lambda: fs.put_file(str(temporary), path))
 
 
 @contextmanager
@@ -176,14 +268,14 @@ def local_path(url: str) -> Iterator[Path]:
         FileNotFoundError: if there is nothing at `url`.
     """
     fs, path = filesystem(url)
-    if not fs.exists(path):
-        raise FileNotFoundError(f"{url} does not exist")
+    if not exists(url):
+        raise FileNotFoundError(f"{shown(url)} does not exist")
     if isinstance(fs, LocalFileSystem):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
         target = Path(folder, name_of(url))
-        _download(fs, url, target)
+        _download(url, target)
         yield target
 
 
@@ -194,24 +286,29 @@ def list_files(url: str, pattern: str = "*") -> list[str]:
         url: a folder.
         pattern: shell pattern on the path below `url`; `*` also crosses folders, so `*.tar` finds every tar.
     """
-    fs, path = filesystem(url)
+    _, path = filesystem(url)
     root = path.rstrip("/")
-    below = (found[len(root) :].lstrip("/") for found in fs.find(path) if found.startswith(f"{root}/"))
+    everything: list[str] = _call(url, lambda fs, path: list(fs.find(path)))
+    below = (found[len(root) :].lstrip("/") for found in everything if found.startswith(f"{root}/"))
     return [join(url, name) for name in sorted(below) if TEMPORARY_MARK not in name and fnmatch(name, pattern)]
 
 
 def list_folders(url: str) -> list[str]:
     """List the URLs of the folders directly inside a folder, in order of name; [] if there is no such folder."""
-    fs, path = filesystem(url)
-    if not fs.isdir(path):
+    if not _call(url, lambda fs, path: bool(fs.isdir(path))):
         return []
-    names = (name_of(entry["name"]) for entry in fs.ls(path, detail=True) if entry["type"] == "directory")
+    entries: list[dict[str, Any]] = _call(url, lambda fs, path: list(fs.ls(path, detail=True)))
+    names = (name_of(entry["name"]) for entry in entries if entry["type"] == "directory")
     return [join(url, name) for name in sorted(names) if TEMPORARY_MARK not in name]
 
 
 def remove(url: str) -> None:
     """Delete a file or a folder with all that is in it; nothing there is fine."""
-    fs, path = filesystem(url)
+    _call(url, _remove)
+
+
+def _remove(fs: AbstractFileSystem, path: str) -> None:
+    """Delete what is there; a second try may find that the first did it, or a part of it."""
     if fs.exists(path):
         fs.rm(path, recursive=True)
 
@@ -254,24 +351,26 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _upload_tree(folder: Path, url: str) -> None:
     """Put every file of a local folder under `url`, then delete what else was there."""
-    fs, path = filesystem(url)
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     for name in names:
-        fs.put_file(str(folder / name), f"{path.rstrip('/')}/{name}")
+        _upload(folder / name, join(url, name))
     kept = {join(url, name) for name in names}
     for file in list_files(url):
         if file not in kept:
             remove(file)
 
 
-def _download(fs: AbstractFileSystem, url: str, target: Path) -> None:
+def _upload(source: Path, url: str) -> None:
+    _call(url, lambda fs, path: fs.put_file(str(source), path))
+
+
+def _download(url: str, target: Path) -> None:
     """Get a remote file, or every file of a remote folder."""
-    _, path = filesystem(url)
-    if fs.isfile(path):
-        fs.get_file(path, str(target))
+    if _call(url, lambda fs, path: bool(fs.isfile(path))):
+        download(url, target)
         return
     target.mkdir(parents=True)
     for file in list_files(url):
         local = target / file.removeprefix(url.rstrip("/")).lstrip("/")
         local.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(filesystem(file)[1], str(local))
+        download(file, local)

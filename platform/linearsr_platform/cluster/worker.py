@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from traceback import format_exception
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -16,10 +16,10 @@ from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, TrainingGauges
-from linearsr_platform.data.reader import CropReader, caption_of, read_images
+from linearsr_platform.data.reader import CropReader, Lanes, caption_of, lanes_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
-from linearsr_platform.train.protocols import Batch, BatchSource, Task
+from linearsr_platform.train.protocols import Batch, Task
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -61,21 +61,25 @@ def _train(job: TrainJob, board: ProgressBoard, checkpoints: str) -> None:
     context = ray.train.get_context()
     job = replace(job, train=job.train.on_workers(context.get_world_size()))
     task = job.build_task()
-    batches = LateReader(lambda states: crop_reader(job, task, rank=context.get_world_rank(), world_size=context.get_world_size()))
+    place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
+    batches = LateReader(lambda states: crop_reader(job, task, **place, lanes=None if states is None else lanes_of(states)))
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
     gauges = TrainingGauges(run=context.get_experiment_name(), job=job.name, rank=context.get_world_rank())
     observer = MeteredObserver(BoardObserver(board, job.name), gauges)
-    run_training(engine, MeteredBatches(batches, gauges), validation, job, observer, checkpoints=checkpoints)
+    try:
+        run_training(engine, MeteredBatches(batches, gauges), validation, job, observer, checkpoints=checkpoints)
+    finally:
+        batches.close()
 
 
 class LateReader:
     """Satisfies `train.protocols.BatchSource`: makes the reader when it is known what an earlier attempt has read."""
 
-    def __init__(self, make: Callable[[Sequence[Mapping[str, Any]] | None], BatchSource]) -> None:
+    def __init__(self, make: Callable[[Sequence[Mapping[str, Any]] | None], CropReader]) -> None:
         """Make nothing yet; `make` is given the states of all workers that wrote the checkpoint, or None at a run's first step."""
         self._make = make
-        self._reader: BatchSource | None = None
+        self._reader: CropReader | None = None
 
     def __iter__(self) -> Self:
         """Return itself."""
@@ -91,27 +95,45 @@ class LateReader:
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Make the reader anew, at the place that the states of all workers tell."""
+        self.close()
         self._reader = self._make(states)
         self._reader.restore(states)
 
-    def _opened(self) -> BatchSource:
+    def close(self) -> None:
+        """End the reader's processes."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _opened(self) -> CropReader:
         if self._reader is None:
             self._reader = self._make(None)
         return self._reader
 
 
-def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int) -> BatchSource:
-    """Return the micro-batches of one of a job's workers."""
-    reader = CropReader(
+def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int, lanes: Lanes | None = None) -> CropReader:
+    """Return the micro-batches of one of a job's workers.
+
+    Args:
+        job: what is trained.
+        task: makes the examples.
+        rank: the worker's number.
+        world_size: workers that there are now; with the accumulation they divide the job's batch.
+        lanes: of the run that is resumed, from `lanes_of` of its workers' reader states; None where it starts.
+    """
+    train = job.train
+    return CropReader(
         job.train_shards,
         task.transform,
-        batch_size=job.train.micro_batch_size,
-        crops_per_image=job.train.crops_per_image,
+        batch_size=train.batch_size // (world_size * train.accumulation),
+        crops_per_image=train.crops_per_image,
         seed=job.seed,
         rank=rank,
         world_size=world_size,
+        accumulation=train.accumulation,
+        lanes=lanes,
+        workers=train.loader_workers,
+        cache=job.cache,
     )
-    return cast("BatchSource", reader)
 
 
 def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[str]) -> list[Batch]:

@@ -4,10 +4,8 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
 from linearsr_platform import storage
-from linearsr_platform.errors import StageError
+from linearsr_platform.data.shard_files import read_entries
 
 Members = Mapping[str, bytes]
 """Content of a sample's files by what follows the key and its dot, in lower case: `png`, `json`, `seg.png`."""
@@ -19,14 +17,8 @@ def read_members(url: str) -> Iterator[tuple[str, Members]]:
     Raises:
         StageError: if the shard is missing, cut off or no tar; the message names it.
     """
-    fs, path = storage.filesystem(url)
-    try:
-        with fs.open(path, "rb") as stream:
-            for raw in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                yield str(raw["__key__"]), {name: content for name, content in raw.items() if not name.startswith("__")}
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise StageError(f"{url}: cannot be read: {reason}; expected a WebDataset tar; fix: write the shard again") from error
+    for shard, entry in read_entries(url):
+        yield entry.key, {name: shard.read(entry, name) for name in entry.members}
 
 
 def write_members(url: str, samples: Iterable[tuple[str, Members]]) -> int:

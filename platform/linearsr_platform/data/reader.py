@@ -1,134 +1,45 @@
 """Read shards back: all images at once, or an endless, resumable stream of batches of training crops."""
 
-import hashlib
-import json
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from linearsr.tags import Caption
 from linearsr_platform import storage
-from linearsr_platform.data.images import BadImageError, Pixels, decode_png
-from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.data.batches import Arrays, BatchLayout, BatchMemory, CropMaker, Transform, place
+from linearsr_platform.data.crop_pool import SLOTS, CropPool, pickled
+from linearsr_platform.data.crop_worker import WorkerSpec, make_files
+from linearsr_platform.data.lanes import CropPlan, Lanes, lanes_of
+from linearsr_platform.data.samples import RawSample, caption_of, read_images, read_shard
+from linearsr_platform.data.sequence import CropSequence, State
+from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.data_schema import ShardCacheConfig
 
-Transform = Callable[[Pixels, list[str] | Caption, np.random.Generator], dict[str, NDArray[np.generic]]]
-"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness."""
-ARRAYS = ("text", "text_lr")
-"""Arrays that a sample may have; they are read into its `meta`."""
+__all__ = ["CropReader", "Lanes", "RawSample", "Trace", "Transform", "caption_of", "lanes_of", "read_images", "read_shard"]
 
-BLOCK_IMAGES = 16
-"""Images that are mixed with each other at least, as long as they fit into `BLOCK_BYTES`."""
-BLOCK_BYTES = 256 * 2**20
-"""Decoded pixels of a block of images."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """A sample as it lies in a shard, not decoded."""
-
-    key: str
-    url: str
-    """Its shard."""
-    png: bytes
-    meta: dict[str, object]
-    """What `KEY.json` says, and its arrays by name."""
-
-    @property
-    def decoded_bytes(self) -> int:
-        """Memory of its pixels."""
-        return 3 * int(str(self.meta["width_px"])) * int(str(self.meta["height_px"]))
-
-    def decode(self) -> Pixels:
-        """Return its pixels (H, W, 3), read-only.
-
-        Raises:
-            StageError: if they are broken.
-        """
-        try:
-            return decode_png(self.png)
-        except BadImageError as error:
-            raise StageError(f"shard {self.url}: sample {self.key}: {error}; fix: run the stage `prepare` again") from error
-
-
-def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:
-    """Return what a sample says in words: its tags, or a `Caption` if it has more than those."""
-    tags, tags_lr = (_words(meta.get(name)) for name in ("tags", "tags_lr"))
-    if "tags_lr" not in meta and "text" not in meta:
-        return tags
-    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in ARRAYS))
-    return Caption(
-        tags=tags,
-        tags_lr=tags_lr if "tags_lr" in meta else None,
-        text=text,
-        text_lr=text_lr,
-        encoder=str(meta.get("text_encoder", "")),
-    )
-
-
-def _words(value: object) -> list[str]:
-    return [str(word) for word in value] if isinstance(value, list) else []
-
-
-def read_shard(url: str) -> Iterator[RawSample]:
-    """Read the samples of one shard, local or remote, in their order.
-
-    Raises:
-        StageError: if the shard is missing, cut off or not WebDataset; the message names it.
-    """
-    fs, path = storage.filesystem(url)
-    try:
-        with fs.open(path, "rb") as stream:
-            for raw in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                arrays = {name: np.load(BytesIO(raw[f"{name}.npy"]), allow_pickle=False) for name in ARRAYS if f"{name}.npy" in raw}
-                yield RawSample(raw["__key__"], url, raw["png"], json.loads(raw["json"]) | arrays)
-    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError) as error:
-        raise StageError(f"shard {url}: cannot be read: {type(error).__name__}: {error}; fix: run the stage `prepare` again") from error
-
-
-def read_images(shard_urls: Sequence[str]) -> list[tuple[str, Pixels, dict[str, object]]]:
-    """Read all images of some shards into memory: key, pixels (H, W, 3), what is known about them."""
-    return [(sample.key, sample.decode(), sample.meta) for url in shard_urls for sample in read_shard(url)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a rank's endless stream of samples stands: the next sample to read."""
-
-    epoch: int = 0
-    shard: int = 0
-    """Position in the rank's own order of shards of this epoch."""
-    sample: int = 0
-
-
-@dataclass(slots=True)
-class _Block:
-    """Images whose crops are mixed with each other."""
-
-    start: _Place
-    end: _Place
-    """Place after its last image."""
-    images: list[tuple[_Place, RawSample]]
-    order: NDArray[np.int64]
-    """Numbers of crops in the order they are given out; `crops_per_image` belong to each image."""
-    pixels: dict[str, Pixels] = field(default_factory=dict)
-    """Images decoded so far, by key: on small data a block holds an image once an epoch."""
+Trace = Callable[[str, int, int], None]
+"""Takes the key, the epoch and the number of the draw of every crop that is handed out, in order."""
 
 
 class CropReader:
-    """An endless iterator of batches of one rank; two readers with the same arguments give the same batches.
+    """An endless iterator of the micro-batches of one rank; its results depend on neither ranks nor loader workers.
 
-    Shards are shuffled anew every epoch and dealt out to the ranks after that, so that ranks never see the same image in one
-    epoch and all see all images over time. A rank starts its next epoch when its own shards are read, so none ever runs dry.
-    Images are taken in blocks of at least `BLOCK_IMAGES`; the crops of a block come in random order. A crop depends on seed,
-    image, epoch and number only, not on ranks.
+    All ranks together read the one sequence of global batches that the run's lanes define (`linearsr_platform.data.sequence`).
+
+    Args:
+        shard_urls: of all ranks, in the same order everywhere.
+        transform: makes an example; picklable if there are workers.
+        batch_size: crops of one micro-batch of this rank.
+        crops_per_image: crops taken from an image each time it is read.
+        seed: of order and crops.
+        rank: number of this rank.
+        world_size: number of ranks.
+        accumulation: micro-batches of an optimizer step; matters only where `lanes` are not the present ranks.
+        lanes: of the run, from `lanes_of`; None starts a run, with a lane for each rank.
+        workers: processes that make batches ahead; 0 makes them here, when they are asked for.
+        cache: where remote shards are kept on this machine; None downloads one whenever it is opened.
+        trace: told of every crop that is handed out.
     """
 
     def __init__(
@@ -141,113 +52,109 @@ class CropReader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        accumulation: int = 1,
+        lanes: Lanes | None = None,
+        workers: int = 0,
+        cache: ShardCacheConfig | None = None,
+        trace: Trace | None = None,
     ) -> None:
-        """Stand before the first batch; nothing is read yet.
+        """Stand before the first batch; nothing is read and no process started yet.
 
         Raises:
-            UserError: if there are fewer shards than ranks.
+            UserError: if there are fewer shards than lanes, the batch does not fit the lanes, or workers cannot see the shards.
         """
-        if len(shard_urls) < world_size:
-            got = f"training data: got {len(shard_urls)} shards for {world_size} workers"
-            raise UserError(f"{got}; expected one each; fix: fewer `workers`, or prepare the data for as many")
-        self._shard_urls = tuple(shard_urls)
-        self._transform = transform
-        self._batch_size = batch_size
-        self._crops_per_image = crops_per_image
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._block_images = max(BLOCK_IMAGES, 2 * batch_size)
-        self._jump(_Place(), 0)
+        _refuse_private(shard_urls, workers)
+        run = lanes or Lanes(world_size, batch_size)
+        self._plan = CropPlan(shard_urls=tuple(shard_urls), lanes=run, crops_per_image=crops_per_image, seed=seed)
+        self._where = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "accumulation": accumulation}
+        self._workers, self._cache, self._trace = workers, cache, trace
+        # Now, while it is new: validation may load networks into the task that nobody wants to send around.
+        self._sent = pickled(transform) if workers else b""
+        self._files = make_files(cache)
+        self._sequence = CropSequence(self._plan, self._files, **self._where)
+        self._maker, self._memory = CropMaker(transform, seed), BatchMemory()
+        self._layout: BatchLayout | None = None
+        self._pool: CropPool | None = None
 
     def __iter__(self) -> Self:
         """Return itself."""
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        """Return the next batch: what `transform` makes, stacked to (batch_size, ...)."""
-        examples = [self._example() for _ in range(self._batch_size)]
-        return {name: torch.from_numpy(np.stack([example[name] for example in examples])) for name in examples[0]}
-
-    def state(self) -> dict[str, int]:
-        """Return, JSON-able, where the next batch starts. It belongs to this rank: every rank keeps its own."""
-        return {**self._identity(), **asdict(self._start), "offset": self._offset}
-
-    def restore(self, states: Sequence[Mapping[str, int]]) -> None:
-        """Go on from the `state` of every rank: the next batches are those that would have come then.
+        """Return the next micro-batch: what `transform` makes, stacked to (batch_size, ...).
 
         Raises:
-            UserError: if the state is of a reader with other arguments.
+            StageError: if a shard or sample is broken, or a loader worker died.
         """
-        expected = self._identity()
-        state = states[self._rank] if len(states) == self._world_size else {"world_size": len(states)}
-        got = {name: state.get(name) for name in expected}
-        if got != expected:
-            raise UserError(f"reader state: got {got}; expected {expected}; fix: resume with the same data, seed, workers and rank")
-        self._jump(_Place(state["epoch"], state["shard"], state["sample"]), state["offset"])
+        if self._workers and self._pool is None:
+            self._pool = self._start_pool()
+        crops = self._sequence.next_batch()
+        arrays: Arrays = {}
+        if self._pool is not None:
+            arrays = self._pool.next_batch()
+        else:
+            for position, crop in enumerate(crops):
+                example = self._maker.make(crop)
+                if self._layout is None:
+                    self._layout = BatchLayout.of(example, len(crops))
+                arrays = arrays or self._memory.take(self._layout)
+                place(arrays, position, example, crop)
+        if self._trace is not None:
+            for crop in crops:
+                self._trace(crop.sample.key, crop.epoch, crop.draw)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _identity(self) -> dict[str, int]:
-        """What a state must agree with."""
-        return {
-            "seed": self._seed,
-            "rank": self._rank,
-            "world_size": self._world_size,
-            "crops_per_image": self._crops_per_image,
-            "block_images": self._block_images,
-            "shards": len(self._shard_urls),
-        }
+    def state(self) -> dict[str, object]:
+        """Return, JSON-able, where the next batch starts, as far as this rank knows; a checkpoint keeps those of all ranks."""
+        return self._sequence.state()
 
-    def _jump(self, start: _Place, offset: int) -> None:
-        """Stand `offset` crops into the block that starts at `start`."""
-        self._start, self._offset = start, offset
-        self._stream = self._samples(start)
-        self._block: _Block | None = None
+    def restore(self, states: State | Sequence[State]) -> None:
+        """Go on from a checkpoint: the next batches are those that would have come then, whatever the number of ranks was.
 
-    def _example(self) -> dict[str, NDArray[np.generic]]:
-        """Return the next crop."""
-        block = self._block or self._next_block()
-        if self._offset == len(block.order):
-            self._start, self._offset = block.end, 0
-            block = self._next_block()
-        self._block = block
-        image, draw = divmod(int(block.order[self._offset]), self._crops_per_image)
-        place, sample = block.images[image]
-        if sample.key not in block.pixels:
-            block.pixels[sample.key] = sample.decode()
-        rng = _generator(self._seed, _number(sample.key), place.epoch, draw)
-        self._offset += 1
-        return self._transform(block.pixels[sample.key], caption_of(sample.meta), rng)
+        Args:
+            states: those of all ranks that wrote it. This rank's own is enough where their number did not change.
 
-    def _next_block(self) -> _Block:
-        """Read the block that starts at `_start`."""
-        images: list[tuple[_Place, RawSample]] = []
-        room_bytes = BLOCK_BYTES
-        while len(images) < self._block_images and room_bytes > 0:
-            images.append(next(self._stream))
-            room_bytes -= images[-1][1].decoded_bytes
-        last = images[-1][0]
-        start, end = self._start, _Place(last.epoch, last.shard, last.sample + 1)
-        rng = _generator(self._seed, self._rank, self._world_size, start.epoch, start.shard, start.sample)
-        return _Block(start, end, images, rng.permutation(len(images) * self._crops_per_image))
+        Raises:
+            UserError: if they are of a reader of other data, do not fit each other, or some are missing.
+        """
+        self._sequence.restore(states)
+        if self._pool is not None:
+            self._pool.jump(self._sequence.state())
 
-    def _samples(self, start: _Place) -> Iterator[tuple[_Place, RawSample]]:
-        """Read this rank's samples from `start` on, epoch after epoch."""
-        while True:
-            order = _generator(self._seed, start.epoch).permutation(len(self._shard_urls))[self._rank :: self._world_size]
-            seen = start.shard + start.sample
-            for shard in range(start.shard, len(order)):
-                for number, sample in enumerate(read_shard(self._shard_urls[order[shard]])):
-                    seen += 1
-                    if number >= start.sample or shard > start.shard:
-                        yield _Place(start.epoch, shard, number), sample
-            if not seen:
-                raise StageError(f"training data: got {len(order)} empty shards, first {self._shard_urls[order[0]]}; expected samples")
-            start = _Place(start.epoch + 1)
+    def close(self) -> None:
+        """End worker processes and the fetching of shards. They also end with this process, and with the last reference to this."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self._files.close()
 
+    @property
+    def process_ids(self) -> Sequence[int]:
+        """Ids of the worker processes; none before the first batch."""
+        return [] if self._pool is None else self._pool.process_ids
 
-def _number(text: str) -> int:
-    """Return 64 bits of a text's sha256, the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    def _start_pool(self) -> CropPool:
+        """Start the worker processes where this reader stands."""
+        state: Mapping[str, Any] = self._sequence.state()
+        first = CropSequence(self._plan, self._files, **self._where)
+        first.restore(state)
+        spec = WorkerSpec(
+            parent=0,
+            number=0,
+            workers=self._workers,
+            plan=self._plan,
+            sequence=self._where,
+            cache=self._cache,
+            transform=self._sent,
+            layout=BatchLayout.of(self._maker.make(first.next_batch()[0]), self._where["batch_size"]),
+            slots=SLOTS,
+        )
+        return CropPool(spec, state)
 
 
-def _generator(*entropy: int) -> np.random.Generator:
-    """Return a generator that depends on the numbers given, in their order; negative ones are taken modulo 2^64."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([number % 2**64 for number in entropy])))
+def _refuse_private(shard_urls: Sequence[str], workers: int) -> None:
+    """Raise if other processes are to read what only this one can see."""
+    private = [url for url in shard_urls if not storage.is_shared(url)]
+    if workers and private:
+        got = f"train.loader_workers: got {workers} with shards in the memory of this process, {private[0]}"
+        raise UserError(f"{got}; expected shards that other processes can read; fix: 0, or write the shards to a folder")

@@ -1,10 +1,12 @@
 """Settings of the data: which photographs, and how they become shards. Imports no torch."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
 
-from linearsr_platform.recipe.section import Count, CountOrZero, Section
+from linearsr_platform.recipe.section import Count, CountOrZero, Positive, Section
 
 
 class SourceConfig(Section):
@@ -33,3 +35,19 @@ class DataConfig(Section):
     """Images with a shorter side are quarantined."""
     samples_per_shard: Count = 1000
     """Images a `.tar` shard."""
+    cache_gb: Annotated[Positive, Field(exclude=True)] = 20.0
+    """Room on each machine for copies of remote shards, GB; local ones are read where they are. No part of a result's identity."""
+    cache_folder: Annotated[str | None, Field(exclude=True)] = None
+    """Where they are, the same on every machine; unset is a folder of the user's own in the system's folder for temporary files."""
+
+
+@dataclass(frozen=True)
+class ShardCacheConfig:
+    """Where a machine keeps copies of remote shards; picklable."""
+
+    folder: str | None = None
+    """None is the user's own in the system's folder for temporary files."""
+    gb: float = 20.0
+    """Of all copies together."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Hashes that shards must have, by URL, where a manifest gives them."""

@@ -81,6 +81,8 @@ class TrainConfig(Section):
     """Worker-group restarts before the stage fails."""
     crops_per_image: Count = 8
     """Crops taken from an image each time it is read."""
+    loader_workers: Annotated[CountOrZero, Field(exclude=True)] = 0
+    """Processes of each worker that decode, crop and degrade ahead; 0 does it between steps. Results do not depend on it."""
     knee: KneeConfig = KneeConfig()
     guard: GuardConfig = GuardConfig()
     """When training goes back to its last good state; off in no recipe of ours."""

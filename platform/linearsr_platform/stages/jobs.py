@@ -19,6 +19,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.recipe.data_schema import ShardCacheConfig
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.knee_plot import plot_knee
 from linearsr_platform.stages.context import RunContext
@@ -104,7 +105,17 @@ def make_job(
         init_weights=init_weights,
         codec_digest=digest,
         seed=recipe.seed,
+        cache=shard_cache(context, split),
     )
+
+
+def shard_cache(context: RunContext, split: str) -> ShardCacheConfig | None:
+    """Return where workers keep copies of a split's shards, with their hashes; None where the shards are local."""
+    data, prepared = context.recipe.data, context.results["prepare"].url
+    if storage.is_local(prepared):
+        return None
+    hashes = {storage.join(prepared, shard.url): shard.sha256 for shard in manifest_of(context).splits[split].shards}
+    return ShardCacheConfig(data.cache_folder, data.cache_gb, hashes)
 
 
 def run_jobs(

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
+
+from linearsr_platform.recipe.data_schema import ShardCacheConfig
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ class TrainJob:
     codec_digest: str | None = None
     """Hash of the latent codec: part of the job's identity, of its checkpoints and its snapshots. None where there is no codec."""
     seed: int = 0
+    cache: Annotated[ShardCacheConfig | None, Field(exclude=True)] = None
+    """Where remote shards are kept on each machine; no part of the job's identity. None downloads one whenever it is opened."""
 
     def build_task(self) -> "Task":
         """Import the task's class and build it.

@@ -1,0 +1,72 @@
+"""Storage against a real S3 server that answers badly: every call ends well, or says what is really wrong."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from flaky_s3 import KINDS, FlakyS3, flaky_s3
+
+from linearsr_platform import storage
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FlakyS3]:
+    with flaky_s3() as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture
+def root(server: FlakyS3) -> Iterator[str]:
+    server.share, server.kinds = 0.0, KINDS
+    yield server.make_bucket(f"bucket-{uuid4().hex}")
+    server.share, server.kinds = 0.0, KINDS
+
+
+@pytest.mark.parametrize(("share", "kinds"), [(0.1, KINDS), (0.3, KINDS), (0.3, ("cut off",)), (0.3, ("slow down",))])
+def test_everything_works_on_a_bad_day(server: FlakyS3, root: str, tmp_path: Path, share: float, kinds: tuple[str, ...]) -> None:
+    server.share, server.kinds = share, kinds
+    before = server.faults.total()
+    contents = {f"a/{i}.bin": os.urandom(40_000 * i) for i in range(4)}
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(root, name), content)
+    assert storage.list_files(root) == [storage.join(root, name) for name in contents]
+    assert storage.list_folders(root) == [storage.join(root, "a")]
+    assert storage.exists(storage.join(root, "a"))
+    for name, content in contents.items():
+        assert storage.read_bytes(storage.join(root, name)) == content
+        storage.download(storage.join(root, name), tmp_path / "got")
+        assert (tmp_path / "got").read_bytes() == content
+    storage.copy_tree(root, str(tmp_path / "copy"))
+    assert {str(path.relative_to(tmp_path / "copy")): path.read_bytes() for path in (tmp_path / "copy").rglob("*.bin")} == contents
+    storage.remove(root + "/a")
+    assert storage.list_files(root) == []
+    assert server.faults.total() > before
+
+
+def test_what_will_not_go_away_is_not_tried_again(server: FlakyS3, root: str) -> None:
+    before = server.requests.total()
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(root, "nothing"))
+    assert server.requests.total() - before <= 4
+
+
+def test_a_server_that_is_gone_is_given_up_in_time_and_shows_no_credentials(
+    server: FlakyS3, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.share, server.kinds = 1.0, ("slow down",)
+    with caplog.at_level(logging.DEBUG, logger="linearsr_platform"), pytest.raises(OSError, match="Service Unavailable") as raised:
+        storage.read_bytes(storage.join(root, "x"))
+    said = [*(record.getMessage() for record in caplog.records), str(raised.value), *raised.value.__notes__]
+    assert sum("failed" in line for line in said) == 5
+    assert not any("do-not-show-me" in line for line in said)
