@@ -34,8 +34,9 @@ from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 from linearsr.upscaler import Upscaler
 from linearsr_platform.cli.app import app
 from linearsr_platform.cluster.worker import validation_batches
+from linearsr_platform.data.extras import TextCache
 from linearsr_platform.data.manifest import Manifest, load_manifest
-from linearsr_platform.data.prepare import TextCache, prepare
+from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.data_schema import DataConfig

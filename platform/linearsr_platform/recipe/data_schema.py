@@ -11,7 +11,8 @@ class SourceConfig(Section):
     """Where photographs come from."""
 
     url: str
-    """Folder, glob or fsspec URL; `package://NAME/SUBFOLDER` is a folder inside an installed Python package."""
+    """Folder, glob or fsspec URL; `package://NAME/SUBFOLDER` is a folder inside an installed Python package. The photographs inside
+    WebDataset tars (`*.tar`) that are found there are taken too, labelled by the `KEY.json`, `KEY.txt` or `KEY.cls` beside them."""
     table: str | None = None
     """CSV beside the recipe: `file,split,quality,tags,licence,source`. With it, only the files it names are taken."""
     halve_jpeg: bool = True
@@ -33,3 +34,17 @@ class DataConfig(Section):
     """Images with a shorter side are quarantined."""
     samples_per_shard: Count = 1000
     """Images a `.tar` shard."""
+    keep_jpeg: bool = False
+    """Store a JPEG as it came instead of as PNG, which is about six times larger, wherever its pixels are used as they are: sources with
+    `halve_jpeg: false`, upright, grey or RGB."""
+    latents: bool = False
+    """Also store the latent of every sample by the recipe's codec, float16. Another codec then needs the data prepared again."""
+    parallel_from: Count = 256
+    """With at least this many photographs they are prepared by Ray tasks of one CPU each, on the cluster that trains later. Fewer are
+    done by the driver alone, sooner than a cluster starts. It decides nothing about the result. Sources must be at places that every
+    machine of the cluster sees."""
+
+    def identity(self) -> dict[str, object]:
+        """Return, JSON-able, what decides the shards; of optional contents only those that are asked for."""
+        optional = {name for name in ("keep_jpeg", "latents") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={"parallel_from", *optional})
