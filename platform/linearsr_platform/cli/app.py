@@ -17,6 +17,7 @@ try:
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
+    from linearsr_platform.cli.shards import SHARDS
     from linearsr_platform.cli.tag import tag
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
@@ -41,10 +42,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": models,
     "promote": promote,
 }
-"""Every verb; each has a `verbose` option that the error boundary reads."""
+"""Every verb of one word; each has a `verbose` option that the error boundary reads."""
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(reports_errors(_command))
+
+
+_shards = typer.Typer(no_args_is_help=True, help="Verify or show prepared data.")
+for _name, _command in SHARDS.items():
+    _shards.command(_name)(reports_errors(_command))
+app.add_typer(_shards, name="shards")
 
 
 def main() -> None:
