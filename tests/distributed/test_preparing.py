@@ -25,6 +25,11 @@ from linearsr_platform.data.extras import LatentMaker
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
+from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.prepare import run
+
+SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
 
 
 @pytest.fixture
@@ -125,3 +130,53 @@ def test_a_lost_task_is_done_again_and_errors_say_what_they_are_about(cluster: o
         list(RayExecutor().map_unordered(fail, [piece("mistake")]))
     with pytest.raises(StageError, match=r"^fault: ZeroDivisionError: by zero"):
         list(RayExecutor().map_unordered(fail, [piece("fault"), piece("1")]))
+
+
+class Told:
+    """A display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[str, int, int]] = []
+        self.messages: list[str] = []
+
+    def update(self, name: str, done: int, total: int) -> None:
+        self.updates.append((name, done, total))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+class Params:
+    """A tracked run that keeps its parameters."""
+
+    def log_params(self, params: dict[str, object]) -> None:
+        self.params = params
+
+
+def test_the_stage_takes_the_cluster_for_many_photographs_alone(cluster: object, tmp_path: Path) -> None:
+    for seed in range(6):
+        storage.write_bytes(str(tmp_path / f"in/{seed}.png"), png(seed))
+    storage.write_bytes(str(tmp_path / "in/copy.png"), png(5))
+    storage.write_bytes(str(tmp_path / "in/none.png"), b"no image")
+    opened: list[str] = []
+
+    def go(url: str, parallel_from: int) -> tuple[Told, str]:
+        overrides = [f"data.sources={{mine: '{tmp_path}/in'}}", "data.validation_px=32", "data.min_side_px=32", "data.held_out=['0']"]
+        loaded = load_recipe(str(SMOKE), overrides=[*overrides, "validation.crop_px=32", f"data.parallel_from={parallel_from}"])
+        display, tracked = Told(), Params()
+        context = RunContext(loaded, str(tmp_path), None, None, display, "tester", lambda: opened.append(url))
+        output = run(context, url, tracked)
+        assert tracked.params["duplicates"] == 1
+        return display, output.summary
+
+    few, summary = go(str(tmp_path / "few"), 9)
+    assert opened == []
+    many, same = go(str(tmp_path / "many"), 8)
+    assert set(opened) == {str(tmp_path / "many")}
+    assert summary == same
+    assert summary.endswith(", 1 quarantined, 1 duplicates")
+    assert everything(str(tmp_path / "few")) == everything(str(tmp_path / "many"))
+    for display in (few, many):
+        assert ("checking", 8, 8) in display.updates
+        assert display.updates[-1][1] == display.updates[-1][2]
+        assert len(display.messages) == 2

@@ -19,9 +19,12 @@ from linearsr_platform import storage
 from linearsr_platform.data.images import BadImageError, Pixels, decode_png
 from linearsr_platform.errors import StageError, UserError
 
-Transform = Callable[[Pixels, list[str] | Caption, np.random.Generator], dict[str, NDArray[np.generic]]]
-"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness."""
-ARRAYS = ("text", "text_lr")
+Transform = Callable[..., dict[str, NDArray[np.generic]]]
+"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness; where the sample has a latent,
+it is the fourth argument."""
+TEXTS = ("text", "text_lr")
+LATENT = "latent"
+ARRAYS = (*TEXTS, LATENT)
 """Arrays that a sample may have; they are read into its `meta`."""
 
 BLOCK_IMAGES = 16
@@ -63,7 +66,7 @@ def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:
     tags, tags_lr = (_words(meta.get(name)) for name in ("tags", "tags_lr"))
     if "tags_lr" not in meta and "text" not in meta:
         return tags
-    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in ARRAYS))
+    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in TEXTS))
     return Caption(
         tags=tags,
         tags_lr=tags_lr if "tags_lr" in meta else None,
@@ -213,7 +216,8 @@ class CropReader:
             block.pixels[sample.key] = sample.decode()
         rng = _generator(self._seed, _number(sample.key), place.epoch, draw)
         self._offset += 1
-        return self._transform(block.pixels[sample.key], caption_of(sample.meta), rng)
+        latent = [sample.meta[LATENT]] if LATENT in sample.meta else []
+        return self._transform(block.pixels[sample.key], caption_of(sample.meta), rng, *latent)
 
     def _next_block(self) -> _Block:
         """Read the block that starts at `_start`."""

@@ -38,7 +38,8 @@ class DataConfig(Section):
     """Store a JPEG as it came instead of as PNG, which is about six times larger, wherever its pixels are used as they are: sources with
     `halve_jpeg: false`, upright, grey or RGB."""
     latents: bool = False
-    """Also store the latent of every sample by the recipe's codec, float16. Another codec then needs the data prepared again."""
+    """Also store the latent of every sample by the recipe's codec, float16; training takes its HR latents from there instead of encoding
+    crops. Needs augmentation off, and the data prepared again for another codec."""
     parallel_from: Count = 256
     """With at least this many photographs they are prepared by Ray tasks of one CPU each, on the cluster that trains later. Fewer are
     done by the driver alone, sooner than a cluster starts. It decides nothing about the result. Sources must be at places that every
