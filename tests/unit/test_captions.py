@@ -1,6 +1,7 @@
 """Captions of a batch: the dropout mix as it is drawn, and embeddings from shards through training and a bundle to a picture."""
 
 import json
+import pickle
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,6 +115,14 @@ def manifest(folder: Path, encoder: TextEncoder) -> Manifest:
     data = DataConfig.model_validate({"sources": {"mine": {"url": str(folder / "photos")}}, "validation_px": 32, "min_side_px": 32})
     cache = TextCache(encoder_config(folder), encoder, {})
     return prepare(data, recipe_folder=".", output_url=str(folder / "shards"), text=cache)
+
+
+def test_a_cache_of_embeddings_travels_to_workers_without_its_weights(folder: Path, encoder: TextEncoder) -> None:
+    cache = TextCache(encoder_config(folder), encoder, {})
+    packed = pickle.dumps(cache)
+    assert len(packed) < 1000
+    there = pickle.loads(packed)
+    assert np.array_equal(there.embed(["cup", "table"]), cache.embed(["cup", "table"]))
 
 
 def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTask:

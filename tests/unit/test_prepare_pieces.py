@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.picture_shards import read_members
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import read_images
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 
 
@@ -130,6 +131,26 @@ def test_what_changed_since_an_interruption_is_done_again(tmp_path: Path) -> Non
     assert 3 <= sum(name.startswith("shard") for name in again.done) < 6
     assert manifest == run(data, tmp_path / "fresh")
     assert everything(tmp_path / "out") == everything(tmp_path / "fresh")
+
+
+def test_a_photograph_that_changes_in_between_is_told_and_inspected_anew(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "a.png", "b.png")
+    data, file = config(tmp_path / "in", validation_px=0), tmp_path / "in/a.png"
+
+    class Changing(SerialExecutor):
+        def map_unordered(self, function, pieces):
+            yield from super().map_unordered(function, pieces)
+            if not pieces:
+                return
+            before = file.stat()
+            photo(7).save(file)
+            # No sign of it in size or time.
+            file.write_bytes(file.read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(StageError, match=r"mine/a\.png: changed while the data was prepared"):
+        prepare(data, recipe_folder=".", output_url=str(tmp_path / "out"), choose=lambda count: Changing())
+    assert run(data, tmp_path / "out") == run(data, tmp_path / "fresh")
 
 
 def test_a_killed_process_leaves_finished_shards_that_are_kept(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class RayExecutor:
         """
         if not pieces:
             return
-        work: Any = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env={"env_vars": self._environment})(_apply)
+        more: dict[str, Any] = {"runtime_env": {"env_vars": self._environment}} if self._environment else {}
+        work: Any = ray.remote(num_cpus=1, max_retries=RETRIES, **more)(_apply)
         shared = ray.put(function)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         limit = IN_FLIGHT * max(int(resources.get("CPU", 1)), 1)

@@ -11,7 +11,7 @@ from linearsr_platform.data.manifest import FILE, VERSION, Manifest, Quarantined
 from linearsr_platform.data.plan import DUPLICATE, Cut, Photo, inspect, split_photos
 from linearsr_platform.data.records import folder_of
 from linearsr_platform.data.sources import find_candidates
-from linearsr_platform.data.writing import Content, clear, finished_shards, plan_shards, split_infos, write_shards
+from linearsr_platform.data.writing import Content, PhotoChangedError, clear, finished_shards, plan_shards, split_infos, write_shards
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.identity import stable_hash
@@ -53,7 +53,7 @@ def prepare(
         StageError: if a photograph changes while this runs, or cannot be reached.
     """
     report = on_progress or (lambda *_: None)
-    candidates = find_candidates(config, recipe_folder, choose)
+    candidates = find_candidates(config, recipe_folder, choose, report)
     photos, refused = inspect(candidates, config, output_url, choose, report)
     if not photos:
         storage.remove(folder_of(output_url))
@@ -64,10 +64,15 @@ def prepare(
     splits = split_photos(photos, config, min_shards)
     storage.remove(storage.join(output_url, FILE))
     content = Content(config, text, latents)
-    written = _write(splits, content, output_url, min_shards, choose, report)
+    try:
+        written = _write(splits, content, output_url, min_shards, choose, report)
+    except PhotoChangedError:
+        # What the inspections found out is no longer so, whatever the time of the file's change says.
+        storage.remove(folder_of(output_url))
+        raise
     manifest = _manifest(content, photos, refused, splits, written)
-    clear(output_url, written)
     write_manifest(manifest, output_url)
+    clear(output_url, written)
     return manifest
 
 

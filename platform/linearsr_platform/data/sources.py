@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from linearsr_platform import storage
-from linearsr_platform.data.executor import Choose, alone
+from linearsr_platform.data.executor import Choose, OnProgress, alone
 from linearsr_platform.data.images import SUFFIXES
 from linearsr_platform.data.labels import Label, parse_label, read_table
 from linearsr_platform.data.tars import Member, index_tar, read_part
@@ -22,6 +23,8 @@ MEMBER_LABELS = (".json", ".txt", ".cls")
 """Files of a WebDataset sample that label its picture, the first that is there; beside a picture in a folder the first two."""
 MARKS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 """Facts about a file that change with its content, as file systems call them, best first."""
+MEMBER_BYTES = 100_000
+"""What a photograph in a tar is taken to have until the tar is looked into, to tell whether that is much work."""
 LABELS_A_PIECE = 64
 """Side files that one piece of work reads."""
 
@@ -33,6 +36,7 @@ class Found:
     url: str
     stamp: str
     """Changes when the file does: its size, and its hash or time of change."""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +95,16 @@ class _Tar:
     found: Found
 
 
-def find_candidates(config: DataConfig, recipe_folder: str, choose: Choose = alone) -> list[Candidate]:
+def find_candidates(
+    config: DataConfig, recipe_folder: str, choose: Choose = alone, report: OnProgress = lambda *_: None
+) -> list[Candidate]:
     """List the images of all sources with their labels, in order of source and file.
 
     Args:
         config: for `sources` and `held_out`.
         recipe_folder: where tables are looked for.
         choose: who looks into tars and reads side files.
+        report: told about every tar.
 
     Raises:
         UserError: if a source is not there or empty, a tar or a table is broken or a table names a file that no source with
@@ -107,7 +114,7 @@ def find_candidates(config: DataConfig, recipe_folder: str, choose: Choose = alo
     found: list[Candidate] = []
     used: dict[str, set[str]] = {table: set() for table in tables}
     for name, source in sorted(config.sources.items()):
-        images = _images_of(name, list_source(name, source), choose, labelled=source.table is None)
+        images = _images_of(name, list_source(name, source), choose, report, labelled=source.table is None)
         if not images:
             kinds = f"{' '.join(SUFFIXES)}, or {TAR} files with such inside"
             raise UserError(f"data.sources.{name}.url: got {source.url!r} without images; expected files ending in {kinds}")
@@ -150,12 +157,13 @@ def list_source(name: str, source: SourceConfig) -> dict[str, Found]:
     if not infos:
         where = storage.absolute(url)
         raise UserError(f"{key}: got {source.url!r}, but there is no file at {where}; expected a folder, a glob or an fsspec URL")
-    return {file[len(root) :].lstrip("/"): Found(str(fs.unstrip_protocol(file)), _stamp(info)) for file, info in infos.items()}
+    return {file[len(root) :].lstrip("/"): _found(str(fs.unstrip_protocol(file)), info) for file, info in infos.items()}
 
 
-def _stamp(info: Mapping[str, object]) -> str:
+def _found(url: str, info: Mapping[str, Any]) -> Found:
     mark = next((str(info[name]) for name in MARKS if name in info), "")
-    return f"{info.get('size')}-{mark}"
+    size = int(info.get("size") or 0)
+    return Found(url, f"{size}-{mark}", size)
 
 
 def _package_folder(key: str, url: str) -> str:
@@ -187,7 +195,7 @@ def _row_of(file: str, table: Mapping[str, Label]) -> str | None:
     return next((name for name in (file, PurePosixPath(file).name) if name in table), None)
 
 
-def _images_of(name: str, listing: Mapping[str, Found], choose: Choose, *, labelled: bool) -> list[Candidate]:
+def _images_of(name: str, listing: Mapping[str, Found], choose: Choose, report: OnProgress, *, labelled: bool) -> list[Candidate]:
     """Return the images of a source in order of file, those in its tars included, with the labels beside them if `labelled`."""
     images = [file for file in sorted(listing) if file.lower().endswith(SUFFIXES)]
     sides = {file: _side_of(file, listing) if labelled else None for file in images}
@@ -197,8 +205,10 @@ def _images_of(name: str, listing: Mapping[str, Found], choose: Choose, *, label
     tars = [_Tar(name, file, listing[file]) for file in sorted(listing) if file.lower().endswith(TAR)]
     for _, part in choose(len(beside)).map_unordered(_with_side_files, chunks):
         found += part
-    for _, part in choose(len(tars)).map_unordered(_in_tar, tars):
+    guess = max(len(tars), sum(tar.found.bytes for tar in tars) // MEMBER_BYTES)
+    for done, (_, part) in enumerate(choose(guess).map_unordered(_in_tar, tars), start=1):
         found += part
+        report(done, len(tars), f"listing the tars of {name}")
     return sorted(found, key=lambda one: one.file)
 
 

@@ -27,6 +27,10 @@ WRITTEN = "written-"
 """What the names of records of shards begin with."""
 
 
+class PhotoChangedError(StageError):
+    """A photograph is not what it was when it was inspected."""
+
+
 @dataclass(frozen=True)
 class Content:
     """What decides the bytes of a sample beside its photograph; picklable."""
@@ -92,7 +96,7 @@ def write_shards(plans: Sequence[Plan], content: Content, output_url: str, choos
         output_url: folder of the manifest.
         choose: who does the work.
     """
-    executor = choose(sum(len(plan.cuts) for plan in plans))
+    executor = choose(len({cut.photo.candidate.name for plan in plans for cut in plan.cuts}))
     for position, info in executor.map_unordered(partial(write_plan, content=content, output_url=output_url), plans):
         yield plans[position], info
 
@@ -108,16 +112,16 @@ def make_sample(cut: Cut, content: Content) -> Sample:
     """Read the photograph of a cut again and cut it out.
 
     Raises:
-        StageError: if it is not what it was when it was checked.
+        PhotoChangedError: if it is not what it was when it was checked.
     """
     candidate, config = cut.photo.candidate, content.config
     try:
         file = load_bytes(candidate)
         decoded = decode_image(file, halve_jpeg=config.sources[candidate.source].halve_jpeg)
     except BadImageError as error:
-        raise StageError(f"{candidate.name}: changed while the data was prepared: {error}; fix: run the stage again") from error
+        raise PhotoChangedError(f"{candidate.name}: changed while the data was prepared: {error}; fix: run the stage again") from error
     if pixels_hash(decoded) != cut.photo.pixels_sha256:
-        raise StageError(f"{candidate.name}: changed while the data was prepared; fix: run the stage again")
+        raise PhotoChangedError(f"{candidate.name}: changed while the data was prepared; fix: run the stage again")
     label = candidate.label
     meta: dict[str, object] = {
         "tags": list(label.tags),
