@@ -39,7 +39,11 @@ class LatentSpace:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, H, W) in [-1, 1] into a normalised latent (B, c, H / f, W / f), float32."""
-        return (self.codec.encode(pixels.float()) - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        return self.normalise(self.codec.encode(pixels.float()))
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """Normalise what the codec made, (B, c, h, w) of any float dtype, to float32."""
+        return (latent.float() - self.mean.to(latent.device)) / self.std.to(latent.device)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Turn a normalised latent (B, c, h, w) into pixels (B, 3, h f, w f), clamped to [-1, 1]."""

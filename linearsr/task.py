@@ -24,6 +24,8 @@ from linearsr.sampling import sample_euler
 from linearsr.tags import Caption
 
 Array = NDArray[np.generic]
+PLAIN = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
+"""No augmentation but the choice of the crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,26 @@ def to_pixels(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1
 
 
+def crop_on_grid(
+    image: NDArray[np.uint8], latent: Array, crop_px: int, factor: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], Array]:
+    """Cut a random crop (crop_px, crop_px, 3) and the same part of its latent (c, crop_px / factor, crop_px / factor).
+
+    Raises:
+        ValueError: if the latent (c, H // factor, W // factor) is smaller than the crop or of another image.
+    """
+    grid = tuple(side // factor for side in image.shape[:2])
+    side = crop_px // factor
+    if latent.shape[1:] != grid or min(grid) < side:
+        raise ValueError(
+            f"latent: got shape {latent.shape} for an image of {image.shape[1]}x{image.shape[0]} px; expected {grid}, "
+            f"at least {side} a side; fix: a smaller crop_px, or a larger data.min_side_px"
+        )
+    top, left = (int(rng.integers(0, length - side, endpoint=True)) for length in grid)
+    crop = image[top * factor : top * factor + crop_px, left * factor : left * factor + crop_px]
+    return np.ascontiguousarray(crop), np.ascontiguousarray(latent[:, top : top + side, left : left + side])
+
+
 class SuperResolutionTask:
     """Flow-matching training of one `SuperResolver` on one interval of noise levels."""
 
@@ -78,16 +100,27 @@ class SuperResolutionTask:
             torch.manual_seed(self.config.seed)
             return SuperResolver(self.config.model, self.config.statistics)
 
-    def transform(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> dict[str, Array]:
-        """Make one training example from an HR image (H, W, 3): `hr`, `lr` uint8 (3, H, W), and captions as `Captions.example`."""
-        crop = augment(image, self.config.crop_px, self.config.augmentation, rng)
-        return self._example(crop, tags, rng)
+    def transform(
+        self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator, latent: Array | None = None
+    ) -> dict[str, Array]:
+        """Make one training example from an HR image (H, W, 3): `hr`, `lr` uint8 (3, H, W), and captions as `Captions.example`.
+
+        With the image's `latent` (c, H // f, W // f) by the model's codec the crop lies on its grid, and its part (c, h, w) is added.
+
+        Raises:
+            ValueError: if there is a latent, but augmentation is on or the image is smaller than a crop.
+        """
+        if latent is None:
+            return self._example(augment(image, self.config.crop_px, self.config.augmentation, rng), tags, rng)
+        if self.config.augmentation != PLAIN:
+            raise ValueError(f"augmentation: got {self.config.augmentation} with latents of pictures as they are; expected {PLAIN}")
+        crop, part = crop_on_grid(image, latent, self.config.crop_px, self.config.model.codec.factor, rng)
+        return self._example(crop, tags, rng) | {"latent": part}
 
     def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, crop_px: int, index: int) -> dict[str, Array]:
         """Make the `index`-th validation example: a plain crop, degradation and `noise`, the same at every call."""
         rng = np.random.default_rng([self.config.seed, index])
-        plain = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
-        example = self._example(augment(image, crop_px, plain, rng), tags, rng)
+        example = self._example(augment(image, crop_px, PLAIN, rng), tags, rng)
         codec = self.config.model.codec
         side = crop_px // codec.factor
         example["noise"] = rng.standard_normal((codec.latent_channels, side, side), dtype=np.float32)
@@ -100,7 +133,7 @@ class SuperResolutionTask:
         the LR prior leaves open with one.
         """
         model, count = self.config.model, batch["hr"].shape[0]
-        clean = self._space.encode(to_pixels(batch["hr"]))
+        clean = self._space.encode(to_pixels(batch["hr"])) if "latent" not in batch else self._space.normalise(batch["latent"])
         t = sample_times(count, self.config.interval, model.flow, generator).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         captions = self.captions.mix(batch, torch.rand(count, 1, generator=generator)[:, 0])

@@ -1,6 +1,7 @@
 """Captions of a batch: the dropout mix as it is drawn, and embeddings from shards through training and a bundle to a picture."""
 
 import json
+import pickle
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +35,9 @@ from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 from linearsr.upscaler import Upscaler
 from linearsr_platform.cli.app import app
 from linearsr_platform.cluster.worker import validation_batches
+from linearsr_platform.data.extras import TextCache
 from linearsr_platform.data.manifest import Manifest, load_manifest
-from linearsr_platform.data.prepare import TextCache, prepare
+from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.data_schema import DataConfig
@@ -113,6 +115,14 @@ def manifest(folder: Path, encoder: TextEncoder) -> Manifest:
     data = DataConfig.model_validate({"sources": {"mine": {"url": str(folder / "photos")}}, "validation_px": 32, "min_side_px": 32})
     cache = TextCache(encoder_config(folder), encoder, {})
     return prepare(data, recipe_folder=".", output_url=str(folder / "shards"), text=cache)
+
+
+def test_a_cache_of_embeddings_travels_to_workers_without_its_weights(folder: Path, encoder: TextEncoder) -> None:
+    cache = TextCache(encoder_config(folder), encoder, {})
+    packed = pickle.dumps(cache)
+    assert len(packed) < 1000
+    there = pickle.loads(packed)
+    assert np.array_equal(there.embed(["cup", "table"]), cache.embed(["cup", "table"]))
 
 
 def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTask:

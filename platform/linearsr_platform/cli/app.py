@@ -20,6 +20,7 @@ try:
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
+    from linearsr_platform.cli.shards import SHARDS
     from linearsr_platform.cli.tag import tag
     from linearsr_platform.cli.tracking import flush
     from linearsr_platform.cli.upscale import upscale
@@ -49,7 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "knee": knee,
     "boundaries": boundaries,
 }
-"""Every verb; each has a `verbose` option that the error boundary reads."""
+"""Every verb of one word; each has a `verbose` option that the error boundary reads."""
 MODELS: dict[str, Callable[..., None]] = {
     "list": list_all,
     "show": show,
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[..., None]] = {
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "models": ("Registered models: list, compare, promote through the gate, roll back.", MODELS),
+    "shards": ("Verify or show prepared data.", SHARDS),
     "tracking": ("Look after what MLflow is told.", {"flush": flush}),
 }
 """Verbs that have verbs: what they are about, and those."""

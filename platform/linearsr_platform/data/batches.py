@@ -8,16 +8,15 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from linearsr.tags import Caption
-from linearsr_platform.data.images import Pixels
 from linearsr_platform.data.jpeg import JpegDecoder
 from linearsr_platform.data.lanes import Crop
-from linearsr_platform.data.samples import caption_of
+from linearsr_platform.data.samples import LATENT, caption_of
 
 Example = Mapping[str, NDArray[np.generic]]
 Arrays = dict[str, NDArray[np.generic]]
-Transform = Callable[[Pixels, list[str] | Caption, np.random.Generator], dict[str, NDArray[np.generic]]]
-"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness."""
+Transform = Callable[..., dict[str, NDArray[np.generic]]]
+"""Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness; where the sample has a latent,
+it is the fourth argument."""
 
 ALIGN_BYTES = 64
 KEPT_BATCHES = 4
@@ -44,7 +43,9 @@ class CropMaker:
             pixels = crop.sample.decode(self._decoder)
         if not crop.last:
             known[crop.image] = pixels
-        return self._transform(pixels, caption_of(crop.sample.meta), crop.generator(self._seed))
+        meta = crop.sample.meta
+        latent = (meta[LATENT],) if LATENT in meta else ()
+        return self._transform(pixels, caption_of(meta), crop.generator(self._seed), *latent)
 
 
 @dataclass(frozen=True, slots=True)

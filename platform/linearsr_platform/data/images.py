@@ -19,6 +19,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """File names that are taken for images, in lower case."""
 LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF")
 """Pillow's names of formats whose pixels are taken to be free of compression artefacts."""
+ORIENTATION = 0x0112
+"""EXIF tag that says how a picture is turned; 1 is upright."""
 
 
 class BadImageError(Exception):
@@ -33,6 +35,8 @@ class Decoded:
     """(H, W, 3) RGB."""
     lossless: bool
     """Whether the file's format keeps pixels exactly."""
+    verbatim: bool = False
+    """Whether the file is a JPEG that decodes to these very pixels, without rotation, halving or a change of colours."""
 
 
 def decode_image(content: bytes, *, halve_jpeg: bool = False) -> Decoded:
@@ -52,13 +56,15 @@ def decode_image(content: bytes, *, halve_jpeg: bool = False) -> Decoded:
         warnings.simplefilter("ignore")
         try:
             with Image.open(BytesIO(content)) as image:
-                kind = image.format or ""
+                kind, mode = image.format or "", image.mode
+                upright = image.getexif().get(ORIENTATION, 1) == 1
                 rgb = to_rgb(ImageOps.exif_transpose(image))
         except DECODING_ERRORS as error:
             raise BadImageError(_reason(error)) from error
     if halve_jpeg and kind in ("JPEG", "MPO"):
         rgb = halve(rgb)
-    return Decoded(np.asarray(rgb), lossless=kind in LOSSLESS_FORMATS)
+    verbatim = kind == "JPEG" and mode in ("L", "RGB") and upright and not halve_jpeg
+    return Decoded(np.asarray(rgb), lossless=kind in LOSSLESS_FORMATS, verbatim=verbatim)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -110,6 +116,29 @@ def decode_png(content: bytes) -> Pixels:
             return np.asarray(image.convert("RGB"))
     except DECODING_ERRORS as error:
         raise BadImageError(_reason(error)) from error
+
+
+def decode_stored(content: bytes, box: tuple[int, int, int, int] | None = None) -> Pixels:
+    """Decode a picture of a shard, PNG or JPEG, to read-only (H, W, 3) pixels.
+
+    Args:
+        content: the bytes of the file.
+        box: left, top, right, bottom of the part that may be used; None is all of it.
+
+    Raises:
+        BadImageError: if it is neither, is broken, or the box reaches outside.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=("PNG", "JPEG")) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except DECODING_ERRORS as error:
+        raise BadImageError(_reason(error)) from error
+    if box is None:
+        return pixels
+    left, top, right, bottom = box
+    if not (0 <= left < right <= pixels.shape[1] and 0 <= top < bottom <= pixels.shape[0]):
+        raise BadImageError(f"box {list(box)} does not lie inside {pixels.shape[1]}x{pixels.shape[0]} px")
+    return pixels[top:bottom, left:right]
 
 
 def sharpness(pixels: Pixels) -> float:

@@ -94,14 +94,23 @@ def read_table(url: str) -> dict[str, Label]:
 
 
 def read_side_file(url: str) -> Label:
-    """Read `NAME.txt` (tags separated by commas or new lines) or `NAME.json` ({"tags": [...], "licence": ..., ...}).
+    """Read `NAME.txt` or `NAME.json`; see `parse_label`.
 
     Raises:
         ValueError: if it is neither.
         OSError: if it cannot be read.
     """
-    text = storage.read_bytes(url).decode("utf-8-sig")
-    if url.endswith(".txt"):
+    return parse_label(url, storage.read_bytes(url))
+
+
+def parse_label(name: str, content: bytes) -> Label:
+    """Read what stands beside a picture: tags separated by commas or new lines, or `{"tags": [...], "licence": ..., ...}` in a `.json`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    text = content.decode("utf-8-sig")
+    if not name.endswith(".json"):
         return Label(tags=label_of({"tags": text}).tags)
     fields = json.loads(text)
     if not isinstance(fields, dict):

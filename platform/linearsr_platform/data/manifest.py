@@ -49,12 +49,29 @@ class SplitInfo:
         return sum(shard.samples for shard in self.shards)
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Width and height, in pixels, of the samples of a split."""
+
+    smallest: tuple[int, int]
+    median: tuple[int, int]
+    largest: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSource:
+    """What the latents in shards were made with."""
+
+    codec: str
+    """Hash of the codec: see `linearsr.codec_source.codec_digest`."""
+    channels: int
+    factor: int
+    """Pixels per latent along one side; what is left of a picture's right and lower edge has no latent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything there is to know about a prepared data set without opening its shards.
-
-    Shards hold photographs, not latents, so no codec is part of their identity.
-    """
+    """Everything there is to know about a prepared data set without opening its shards."""
 
     version: int
     recipe_hash: str
@@ -64,12 +81,18 @@ class Manifest:
     vocabulary: tuple[str, ...]
     """Distinct tags of train, in alphabetical order."""
     counts: dict[str, int]
-    """Files found and quarantined, and samples of each split."""
+    """Files found and quarantined, how many of these are `duplicates`, and samples of each split."""
     licences: dict[str, int]
     """Photographs by licence; empty text where none was given."""
     quarantined: tuple[Quarantined, ...]
     text: TextSource | None = None
     """Encoder of the embeddings in the shards; None if there are none."""
+    latents: LatentSource | None = None
+    """Codec of the latents in the shards; None if there are none."""
+    tags: dict[str, int] | None = None
+    """Samples of train by tag, in the order of the vocabulary; None if an older version prepared them."""
+    sizes: dict[str, Sizes] | None = None
+    """Of the samples of each split that has some; None if an older version prepared them."""
 
     @property
     def digest(self) -> str:
@@ -77,9 +100,8 @@ class Manifest:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
-        """Return what `manifest.json` holds; of embeddings only if there are some."""
-        content = asdict(self)
-        return content if self.text is not None else {name: value for name, value in content.items() if name != "text"}
+        """Return what `manifest.json` holds; what is None is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def shard_urls(self, url: str, split: str) -> tuple[str, ...]:
         """Return the URLs of a split's shards, `url` being the folder of the manifest.

@@ -3,21 +3,39 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import ceil
+from typing import Any
 
 from linearsr_platform import storage
+from linearsr_platform.data.executor import Choose, OnProgress
 from linearsr_platform.data.images import BadImageError, Decoded, decode_image, sharpness
 from linearsr_platform.data.manifest import Quarantined
+from linearsr_platform.data.records import folder_of, read_records, write_record
 from linearsr_platform.data.sources import Candidate
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
+from linearsr_platform.recipe.identity import stable_hash
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
 
 MAX_KEY_LENGTH = 80
 """Characters of a sample's key; a tar header has room for 100 with the suffix."""
+PIECES = 64
+"""Pieces of work that a few images are shared out to at most, so that progress shows."""
+IMAGES_A_PIECE = 64
+"""Images that one piece of work inspects at most: some seconds of one CPU."""
+FACTS = 1
+"""Version of what an inspection finds out; records of another one are not used."""
+INSPECTED = "inspected-"
+"""What the names of its records begin with."""
+UNREADABLE = "cannot be read: "
+"""How the reason of a file begins that could not be read at all."""
+DUPLICATE = "the same picture as "
+"""How the reason of a duplicate begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +48,28 @@ class Photo:
     pixels_sha256: str
     lossless: bool
     sharpness: float
+    verbatim: bool = False
+    """Whether the file may be stored as it is; see `Decoded.verbatim`."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decoding it brought to light, as JSON."""
+        content = asdict(self)
+        del content["candidate"]
+        return content
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Candidates that one piece of work looks at, with what names what is known about each."""
+
+    candidates: tuple[Candidate, ...]
+    digests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """First and last of its images."""
+        return f"images {self.candidates[0].name} to {self.candidates[-1].name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +81,14 @@ class Cut:
     box: Box | None = None
     """The part; None is the whole."""
 
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height."""
+        if self.box is None:
+            return self.photo.width_px, self.photo.height_px
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
 
 def load_photo(candidate: Candidate, config: DataConfig) -> Decoded:
     """Read and decode one candidate.
@@ -49,13 +97,17 @@ def load_photo(candidate: Candidate, config: DataConfig) -> Decoded:
         BadImageError: if it cannot be used.
         StageError: if the connection to its store broke, which says nothing about the image.
     """
+    return decode_image(load_bytes(candidate), halve_jpeg=config.sources[candidate.source].halve_jpeg)
+
+
+def load_bytes(candidate: Candidate) -> bytes:
+    """Read one candidate; raises as `load_photo` does."""
     try:
-        content = storage.read_bytes(candidate.url)
+        return candidate.read()
     except (ConnectionError, TimeoutError) as error:
         raise StageError(f"{candidate.url}: the connection failed: {error}; fix: run the stage again") from error
     except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-    return decode_image(content, halve_jpeg=config.sources[candidate.source].halve_jpeg)
+        raise BadImageError(f"{UNREADABLE}{error.strerror or error}") from error
 
 
 def pixels_hash(decoded: Decoded) -> str:
@@ -69,32 +121,90 @@ def is_held_out(candidate: Candidate, config: DataConfig) -> bool:
 
 
 def inspect(
-    candidates: Sequence[Candidate], config: DataConfig, on_file: Callable[[int, str], None]
+    candidates: Sequence[Candidate], config: DataConfig, output_url: str, choose: Choose, report: OnProgress
 ) -> tuple[list[Photo], list[Quarantined]]:
     """Decode every candidate once; returns those that can be used, and those that cannot with the reason.
 
-    Of several copies of one picture the first is kept, and a held-out copy before any other, so that none is trained on.
+    Of several copies of one picture the first is kept, and a held-out copy before any other, so that none is trained on. What an
+    interrupted run below `output_url` found out about files that are the same since is taken from its records.
 
     Args:
         candidates: image files.
         config: for `min_side_px`, `held_out` and each source's `halve_jpeg`.
-        on_file: called with the number of files done and the name of the next.
+        output_url: where records are kept.
+        choose: who does the work.
+        report: told about every finished piece.
     """
-    photos: list[Photo] = []
-    refused: list[Quarantined] = []
-    first_of: dict[str, str] = {}
-    for done, candidate in enumerate(sorted(candidates, key=lambda one: not is_held_out(one, config))):
-        on_file(done, candidate.name)
+    folder = folder_of(output_url)
+    digests = [_digest(candidate, config) for candidate in candidates]
+    known: dict[str, Any] = {}
+    for record in read_records(folder, INSPECTED).values():
+        known |= record
+    todo = [position for position, digest in enumerate(digests) if digest not in known]
+    size = min(max(ceil(len(todo) / PIECES), 1), IMAGES_A_PIECE)
+    groups = [todo[start : start + size] for start in range(0, len(todo), size)]
+    pieces = [Inspection(tuple(candidates[i] for i in group), tuple(digests[i] for i in group)) for group in groups]
+    done = len(candidates) - len(todo)
+    resumed = f", resumed: {done} of {len(candidates)} were checked" if done else ""
+    report(done, len(candidates), f"checking photographs{resumed}")
+    for piece, facts in choose(len(todo)).map_unordered(partial(inspect_piece, config=config, folder=folder), pieces):
+        _refuse_unseen(pieces[piece].candidates, facts)
+        known |= dict(zip(pieces[piece].digests, facts, strict=True))
+        done += len(facts)
+        report(done, len(candidates), "checking photographs")
+    return _sort_out(candidates, [known[digest] for digest in digests], config)
+
+
+def inspect_piece(piece: Inspection, *, config: DataConfig, folder: str) -> list[dict[str, Any]]:
+    """Decode some candidates: the facts of a `Photo` or the reason, `refused`, of each; leaves a record of them."""
+    facts: list[dict[str, Any]] = []
+    for candidate in piece.candidates:
         try:
-            photo = _checked(candidate, config)
-            first = first_of.setdefault(photo.pixels_sha256, candidate.name)
-            if first != candidate.name:
-                raise BadImageError(f"the same picture as {first}")
-            photos.append(photo)
+            facts.append(_checked(candidate, config).facts)
         except BadImageError as bad:
-            refused.append(Quarantined(candidate.name, str(bad)))
-    order = {candidate.name: position for position, candidate in enumerate(candidates)}
-    return sorted(photos, key=lambda photo: order[photo.candidate.name]), sorted(refused, key=lambda one: order[one.file])
+            facts.append({"refused": str(bad)})
+    # What could not be read may be there when the stage runs again.
+    lasting = {
+        digest: found for digest, found in zip(piece.digests, facts, strict=True) if not found.get("refused", "").startswith(UNREADABLE)
+    }
+    write_record(folder, INSPECTED + stable_hash(list(piece.digests))[:16], lasting)
+    return facts
+
+
+def _digest(candidate: Candidate, config: DataConfig) -> str:
+    """Return what names the facts about a candidate: another file, or another question, has another."""
+    where = [candidate.url, candidate.span, candidate.stamp, candidate.problem]
+    return stable_hash([FACTS, where, config.min_side_px, config.sources[candidate.source].halve_jpeg])
+
+
+def _refuse_unseen(candidates: Sequence[Candidate], facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if a worker cannot read a file that is there for this process: it would be missing from the data without a word."""
+    for candidate, found in zip(candidates, facts, strict=True):
+        if found.get("refused", "").startswith(f"{UNREADABLE}No such file") and storage.exists(candidate.url):
+            raise StageError(
+                f"{candidate.url}: a worker of the cluster does not see it; expected sources that every machine sees; "
+                "fix: move it to shared storage, or raise data.parallel_from"
+            )
+
+
+def _sort_out(
+    candidates: Sequence[Candidate], facts: Sequence[Mapping[str, Any]], config: DataConfig
+) -> tuple[list[Photo], list[Quarantined]]:
+    """Tell photographs from refused files and later copies, both in the order of the candidates."""
+    photos: dict[int, Photo] = {}
+    refused: dict[int, Quarantined] = {}
+    first_of: dict[str, str] = {}
+    for position in sorted(range(len(candidates)), key=lambda one: not is_held_out(candidates[one], config)):
+        candidate, found = candidates[position], facts[position]
+        if "refused" in found:
+            refused[position] = Quarantined(candidate.name, found["refused"])
+            continue
+        first = first_of.setdefault(found["pixels_sha256"], candidate.name)
+        if first == candidate.name:
+            photos[position] = Photo(candidate=candidate, **found)
+        else:
+            refused[position] = Quarantined(candidate.name, f"{DUPLICATE}{first}")
+    return [photos[position] for position in sorted(photos)], [refused[position] for position in sorted(refused)]
 
 
 def split_photos(photos: Sequence[Photo], config: DataConfig, min_shards: int) -> dict[str, list[Cut]]:
@@ -171,4 +281,4 @@ def _checked(candidate: Candidate, config: DataConfig) -> Photo:
     height, width = decoded.pixels.shape[:2]
     if min(height, width) < config.min_side_px:
         raise BadImageError(f"{width}x{height} px is smaller than data.min_side_px {config.min_side_px}")
-    return Photo(candidate, width, height, pixels_hash(decoded), decoded.lossless, sharpness(decoded.pixels))
+    return Photo(candidate, width, height, pixels_hash(decoded), decoded.lossless, sharpness(decoded.pixels), decoded.verbatim)

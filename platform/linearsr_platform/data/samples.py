@@ -16,7 +16,9 @@ from linearsr_platform.data.shard_files import Shard, read_entries
 from linearsr_platform.data.tar_index import Entry
 from linearsr_platform.errors import StageError
 
-ARRAYS = ("text", "text_lr")
+TEXTS = ("text", "text_lr")
+LATENT = "latent"
+ARRAYS = (*TEXTS, LATENT)
 """Arrays that a sample may have; they are read into its `meta`."""
 JPEG = ("jpg", "jpeg")
 PICTURES = ("png", *JPEG, "webp")
@@ -143,7 +145,7 @@ def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:
     tags, tags_lr = (_words(meta.get(name)) for name in ("tags", "tags_lr"))
     if "tags_lr" not in meta and "text" not in meta:
         return tags
-    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in ARRAYS))
+    text, text_lr = (value if isinstance(value, np.ndarray) else None for value in (meta.get(name) for name in TEXTS))
     return Caption(
         tags=tags,
         tags_lr=tags_lr if "tags_lr" in meta else None,

@@ -13,7 +13,8 @@ class SourceConfig(Section):
     """Where photographs come from."""
 
     url: str
-    """Folder, glob or fsspec URL; `package://NAME/SUBFOLDER` is a folder inside an installed Python package."""
+    """Folder, glob or fsspec URL; `package://NAME/SUBFOLDER` is a folder inside an installed Python package. The photographs inside
+    WebDataset tars (`*.tar`) that are found there are taken too, labelled by the `KEY.json`, `KEY.txt` or `KEY.cls` beside them."""
     table: str | None = None
     """CSV beside the recipe: `file,split,quality,tags,licence,source`. With it, only the files it names are taken."""
     halve_jpeg: bool = True
@@ -39,6 +40,22 @@ class DataConfig(Section):
     """Room on each machine for copies of remote shards, GB; local ones are read where they are. No part of a result's identity."""
     cache_folder: Annotated[str | None, Field(exclude=True)] = None
     """Where they are, the same on every machine; unset is a folder of the user's own in the system's folder for temporary files."""
+
+    keep_jpeg: bool = False
+    """Store a JPEG as it came instead of as PNG, which is about six times larger, wherever its pixels are used as they are: sources with
+    `halve_jpeg: false`, upright, grey or RGB."""
+    latents: bool = False
+    """Also store the latent of every sample by the recipe's codec, float16; training takes its HR latents from there instead of encoding
+    crops. Needs augmentation off, and the data prepared again for another codec."""
+    parallel_from: Count = 256
+    """With at least this many photographs they are prepared by Ray tasks of one CPU each, on the cluster that trains later. Fewer are
+    done by the driver alone, sooner than a cluster starts. It decides nothing about the result. Sources must be at places that every
+    machine of the cluster sees."""
+
+    def identity(self) -> dict[str, object]:
+        """Return, JSON-able, what decides the shards; of optional contents only those that are asked for."""
+        optional = {name for name in ("keep_jpeg", "latents") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={"parallel_from", *optional})
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("model.tag_dropout", "model.tags_from_lr"), _tags_leave_room)
     yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
     yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
+    yield Rule(("data.latents", "augmentation"), _latents_stay_as_they_are)
     for key in ("validation.metrics", "evaluate.metrics"):
         yield Rule((key,), partial(_known, key))
         yield Rule((key, "validation.weights"), partial(_have_weights, key))
@@ -77,6 +78,7 @@ def _stage_rules(where: str) -> Iterator[Rule]:
     yield rule(_elastic_divides, ("batch_size", "workers", "min_workers"))
     yield rule(_warmup_ends, ("warmup_steps", "max_steps"))
     yield rule(_crop_fits, ("crop_px",), ("model.codec",))
+    yield rule(_latents_hold_a_crop, ("crop_px",), ("data.latents", "data.min_side_px"))
     yield rule(_knee_is_measured, ("knee.metrics",), ("validation.metrics",))
     yield rule(_workers_fit, ("workers",), ("cluster", "experts.cpus_per_worker"))
 
@@ -252,6 +254,20 @@ def _crop_fits(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broke
     factor = recipe.model.codec.factor
     if stage.crop_px % factor:
         yield Broken(f"{where}.crop_px", stage.crop_px, f"a multiple of model.codec.factor, {factor}")
+
+
+def _latents_hold_a_crop(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
+    if recipe.data.latents and recipe.data.min_side_px < stage.crop_px:
+        rule = f"at least {where}.crop_px, {stage.crop_px}, with data.latents, which cannot be mirrored at the edges"
+        yield Broken("data.min_side_px", recipe.data.min_side_px, rule, "raise it, or lower crop_px")
+
+
+def _latents_stay_as_they_are(recipe: Recipe) -> Iterator[Broken]:
+    given = recipe.augmentation
+    if recipe.data.latents and (given.flips or given.colour or given.scales != (1.0, 1.0)):
+        value = {"flips": given.flips, "scales": list(given.scales), "colour": given.colour}
+        rule = "flips: false, scales: [1.0, 1.0], colour: false with data.latents, which are those of the pictures as they are"
+        yield Broken("augmentation", value, rule, "switch it off, or data.latents")
 
 
 def _knee_is_measured(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:

@@ -1,9 +1,11 @@
 """What every stage is given, what it returns, and who it tells about progress."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from linearsr.config import CodecConfig
 from linearsr_platform import storage
 from linearsr_platform.recipe.load import LoadedRecipe
 from linearsr_platform.recipe.schema import Recipe
@@ -119,6 +121,14 @@ class RunContext:
         """Folder with the weights of learned metrics; absolute, because workers have another working directory."""
         weights = self.recipe.validation.weights
         return None if weights is None else storage.absolute(weights)
+
+    @property
+    def codec(self) -> CodecConfig:
+        """The recipe's codec; a folder of weights is absolute, because workers have another working directory."""
+        codec = self.recipe.model.codec
+        if codec.source is None or not Path(codec.source).expanduser().is_dir():
+            return codec
+        return replace(codec, source=storage.absolute(codec.source))
 
     @property
     def run_url(self) -> str:

@@ -4,7 +4,7 @@ The only file of the platform that names the method's task; a worker builds it f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,11 +52,8 @@ def model_config(context: RunContext) -> ModelConfig:
 
 
 def codec_of(context: RunContext) -> CodecConfig:
-    """Return the recipe's codec; a folder of weights is made absolute, because workers have another working directory."""
-    codec = context.recipe.model.codec
-    if codec.source is None or not Path(codec.source).expanduser().is_dir():
-        return codec
-    return replace(codec, source=storage.absolute(codec.source))
+    """Return the recipe's codec; see `RunContext.codec`."""
+    return context.codec
 
 
 def statistics_of(context: RunContext) -> LatentStatistics:

@@ -1,15 +1,23 @@
 """Stage `prepare`: photographs to checked shards."""
 
+from linearsr.codec_source import codec_digest
 from linearsr.config import TextEncoderConfig
 from linearsr.text import TextEncoderError, encoder_digest, make_encoder
 from linearsr_platform import storage
+from linearsr_platform.cluster.preparing import RayExecutor
+from linearsr_platform.data.executor import Executor, SerialExecutor
+from linearsr_platform.data.extras import LatentMaker, TextCache
+from linearsr_platform.data.manifest import FILE as MANIFEST
 from linearsr_platform.data.manifest import Manifest, load_manifest
-from linearsr_platform.data.prepare import TextCache, prepare
+from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.sources import list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.tracking.runs import TrackedRun
+
+MESSAGES = 20
+"""Quarantined files that get a line of their own."""
 
 
 def settings(context: RunContext) -> object:
@@ -20,38 +28,61 @@ def settings(context: RunContext) -> object:
     data = context.recipe.data
     tables = {source.table for source in data.sources.values() if source.table}
     found: dict[str, object] = {
-        "data": data.model_dump(mode="json"),
+        "data": data.identity(),
         "tables": {table: stable_hash(_table(context, table)) for table in sorted(tables)},
         "files": {name: sorted(list_source(name, source)) for name, source in sorted(data.sources.items())},
     }
     text = context.recipe.model.text
     # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.
     found |= {} if text is None else {"text": _digest(text)}
+    found |= {"codec": codec_digest(context.codec)} if data.latents else {}
     return found | ({"tags_lr": True} if context.recipe.model.tags_from_lr else {})
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Write shards and manifest below `url`."""
+    config = context.recipe.data
 
     def on_progress(done: int, total: int, what: str) -> None:
-        context.display.update(what.split(maxsplit=1)[0], done, total)
+        kind, _, resumed = what.partition(", ")
+        if resumed:
+            context.display.message(f"{kind}: {resumed}")
+        context.display.update(kind.split()[0], done, total)
 
     manifest = prepare(
-        context.recipe.data,
+        config,
         recipe_folder=context.loaded.folder,
         output_url=url,
         on_progress=on_progress,
         min_shards=_most_workers(context),
         text=text_cache(context),
+        latents=LatentMaker(context.codec, codec_digest(context.codec)) if config.latents else None,
+        choose=lambda count: _executor(context, count),
     )
     _refuse_too_few(context, manifest)
     counts = {split: info.samples for split, info in manifest.splits.items()}
-    tracked.log_params({"samples": counts, "quarantined": len(manifest.quarantined), "digest": manifest.digest})
-    for refused in manifest.quarantined:
+    duplicates = manifest.counts["duplicates"]
+    tracked.log_params({"samples": counts, "quarantined": len(manifest.quarantined), "duplicates": duplicates, "digest": manifest.digest})
+    for refused in manifest.quarantined[:MESSAGES]:
         context.display.message(f"quarantined {refused.file}: {refused.reason}")
-    summary = ", ".join(f"{count} {split}" for split, count in counts.items())
-    quarantined = f", {len(manifest.quarantined)} quarantined" if manifest.quarantined else ""
-    return StageOutput(summary + quarantined, {"digest": manifest.digest})
+    if len(manifest.quarantined) > MESSAGES:
+        context.display.message(f"... and {len(manifest.quarantined) - MESSAGES} more, all in {storage.join(url, MANIFEST)}")
+    return StageOutput(_summary(manifest), {"digest": manifest.digest})
+
+
+def _executor(context: RunContext, count: int) -> Executor:
+    """Return who works on that many files: Ray's tasks from `data.parallel_from` on."""
+    if count < context.recipe.data.parallel_from:
+        return SerialExecutor()
+    context.open_cluster()
+    return RayExecutor()
+
+
+def _summary(manifest: Manifest) -> str:
+    duplicates = manifest.counts["duplicates"]
+    parts = [f"{info.samples} {split}" for split, info in manifest.splits.items()]
+    others = {"quarantined": len(manifest.quarantined) - duplicates, "duplicates": duplicates}
+    return ", ".join([*parts, *(f"{count} {what}" for what, count in others.items() if count)])
 
 
 def text_cache(context: RunContext) -> TextCache | None:
@@ -83,8 +114,18 @@ def _digest(text: TextEncoderConfig) -> str:
 
 
 def manifest_of(context: RunContext) -> Manifest:
-    """Return the manifest that `prepare` wrote."""
-    return load_manifest(context.results["prepare"].url)
+    """Return the manifest that `prepare` wrote.
+
+    Raises:
+        UserError: if its latents are by another codec than the recipe's.
+    """
+    manifest = load_manifest(context.results["prepare"].url)
+    if manifest.latents is not None and manifest.latents.codec != (digest := codec_digest(context.codec)):
+        raise UserError(
+            f"{context.results['prepare'].url}: got latents of codec {manifest.latents.codec}; expected {digest}, the recipe's; "
+            "fix: run with `--from prepare`, or give model.codec the weights that the data was made with"
+        )
+    return manifest
 
 
 def shards_of(context: RunContext, split: str) -> tuple[str, ...]:

@@ -27,10 +27,12 @@ class Task(Protocol):
         """Return a freshly initialised network in float32 on the CPU, the same one on every worker."""
         ...
 
-    def transform(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> Example:
+    def transform(
+        self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator, latent: NDArray[Any] | None = None
+    ) -> Example:
         """Make one training example from an image (H, W, 3) and its tags, or a `Caption` where a sample has more than tags.
 
-        All randomness comes from `rng`.
+        Where shards hold latents it is given the image's too. All randomness comes from `rng`.
         """
         ...
 

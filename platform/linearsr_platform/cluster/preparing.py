@@ -1,0 +1,73 @@
+"""The pieces of `prepare` as Ray tasks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from linearsr_platform.data.executor import P, R
+from linearsr_platform.errors import StageError, UserError
+
+IN_FLIGHT = 2
+"""Tasks a CPU of the cluster that are under way or wait: none idles, and what waits for the driver stays small."""
+RETRIES = 5
+"""Times that a task is done again whose worker or machine was lost."""
+
+
+class RayExecutor:
+    """Does pieces of work as Ray tasks, one CPU each, on the cluster that this process is connected to."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """Keep variables that the tasks' environment has beside the cluster's."""
+        self._environment = dict(environment or {})
+
+    def map_unordered(self, function: Callable[[P], R], pieces: Sequence[P]) -> Iterator[tuple[int, R]]:
+        """Yield (position, result) of every piece, as they come; those that are under way are stopped if the caller stops.
+
+        Raises:
+            UserError: as the function does.
+            StageError: as the function does, or naming the piece whose task broke down in another way.
+        """
+        if not pieces:
+            return
+        more: dict[str, Any] = {"runtime_env": {"env_vars": self._environment}} if self._environment else {}
+        work: Any = ray.remote(num_cpus=1, max_retries=RETRIES, **more)(_apply)
+        shared = ray.put(function)
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        limit = IN_FLIGHT * max(int(resources.get("CPU", 1)), 1)
+        waiting = iter(range(len(pieces)))
+        under_way: dict[ray.ObjectRef[R], int] = {}
+        try:
+            while True:
+                while len(under_way) < limit and (position := next(waiting, None)) is not None:
+                    under_way[work.remote(shared, pieces[position])] = position
+                if not under_way:
+                    return
+                ready, _ = ray.wait(list(under_way), num_returns=1)
+                position = under_way.pop(ready[0])
+                yield position, _result(ready[0], pieces[position].name)
+        finally:
+            for reference in under_way:
+                ray.cancel(reference)
+
+
+def _apply(function: Callable[[P], R], piece: P) -> R:
+    """Run in a worker."""
+    return function(piece)
+
+
+def _result(reference: "ray.ObjectRef[R]", name: str) -> R:
+    try:
+        result: R = ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, (UserError, StageError)):
+            raise cause from error
+        raise StageError(f"{name}: {type(cause).__name__}: {cause}; fix the cause and run the same command again") from error
+    except RayError as error:
+        raise StageError(
+            f"{name}: its worker was lost {RETRIES + 1} times: killed, out of memory, or its machine gone ({type(error).__name__}); "
+            "fix: a machine with more memory, or smaller photographs; what is finished is kept"
+        ) from error
+    return result

@@ -1,0 +1,118 @@
+"""What shards may hold beside pictures: embeddings of prompts, and latents."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from linearsr.codec import Codec, make_codec
+from linearsr.codec_source import verify_codec
+from linearsr.config import CodecConfig, TextEncoderConfig, TextSource
+from linearsr.tags import prompt_of
+from linearsr.text import TextEncoder, make_encoder
+from linearsr_platform.data.images import Pixels
+from linearsr_platform.data.manifest import LatentSource
+from linearsr_platform.errors import StageError, UserError
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Embeds prompts once each, as shards keep them. Pickled, it is only its config: who unpickles it loads the encoder."""
+
+    config: TextEncoderConfig
+    encoder: TextEncoder
+    known: dict[str, NDArray[np.float16]]
+    """Embeddings (tokens, width) so far, by prompt."""
+
+    def embed(self, tags: Sequence[str]) -> NDArray[np.float16]:
+        """Return the embedding (tokens, width) of the prompt of tags.
+
+        Raises:
+            UserError: if it does not fit into float16.
+        """
+        prompt = prompt_of(tags)
+        if prompt not in self.known:
+            with one_thread():
+                embedding = self.encoder.encode([prompt])
+            values = embedding.values[0][embedding.mask[0]].half().numpy()
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"model.text.folder: got an embedding of {prompt!r} beyond 65504; expected an encoder that float16 can hold"
+                )
+            self.known[prompt] = values
+        return self.known[prompt]
+
+    @property
+    def source(self) -> TextSource:
+        """What a network must know of the embeddings."""
+        null = tuple(tuple(float(value) for value in token) for token in self.embed(()))
+        return TextSource(encoder=self.config, digest=self.encoder.digest, null=null)
+
+    def __reduce__(self) -> tuple[object, tuple[TextEncoderConfig, str]]:
+        """Travel without the weights."""
+        return _cache_of, (self.config, self.encoder.digest)
+
+
+@lru_cache(maxsize=1)
+def _cache_of(config: TextEncoderConfig, digest: str) -> TextCache:
+    """Load the encoder, once a process, and refuse another one than the driver has."""
+    encoder = make_encoder(config)
+    if encoder.digest != digest:
+        raise StageError(
+            f"{config.folder}: got an encoder of hash {encoder.digest}; expected {digest}, as the driver has; fix: copy it here"
+        )
+    return TextCache(config, encoder, {})
+
+
+@dataclass(frozen=True)
+class LatentMaker:
+    """Encodes pictures with the recipe's codec; picklable, weights are loaded by who uses it."""
+
+    config: CodecConfig
+    digest: str
+    """`codec_digest(config)` of the driver."""
+
+    def encode(self, pixels: Pixels) -> NDArray[np.float16]:
+        """Return the latent (c, H // f, W // f) of a picture (H, W, 3), not normalised, that of its largest part at the upper left.
+
+        One picture gives the same bytes in every process: sums run in one thread.
+
+        Raises:
+            UserError: if it does not fit into float16.
+            CodecError: if this machine has another codec.
+        """
+        factor = self.config.factor
+        height, width = (side // factor * factor for side in pixels.shape[:2])
+        part = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with one_thread(), torch.no_grad():
+            latent = _codec_of(self.config, self.digest).encode(part)[0]
+        values: NDArray[np.float16] = latent.half().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise UserError("data.latents: got a latent beyond 65504 or not finite; expected a codec that float16 can hold")
+        return values
+
+    @property
+    def source(self) -> LatentSource:
+        """What a reader must know of the latents."""
+        return LatentSource(codec=self.digest, channels=self.config.latent_channels, factor=self.config.factor)
+
+
+@lru_cache(maxsize=1)
+def _codec_of(config: CodecConfig, digest: str) -> Codec:
+    verify_codec(config, digest)
+    return make_codec(config)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread inside the block: the order of sums, hence their last bits, depends on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

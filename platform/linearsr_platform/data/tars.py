@@ -1,0 +1,66 @@
+"""Where the members of a tar lie, so that one can be read without the rest. Imports no WebDataset."""
+
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from linearsr_platform import storage
+from linearsr_platform.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+"""What is read ahead from a remote tar: many small members come with one request, and large ones are jumped over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a tar."""
+
+    name: str
+    offset: int
+    """Of its content, in bytes from the beginning of the tar."""
+    size: int
+    content: bytes | None = None
+    """Its bytes, if they were asked for."""
+
+    @property
+    def key(self) -> str:
+        """WebDataset's key: its path up to the first dot of its name."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+
+def index_tar(url: str, wanted: Callable[[str], bool]) -> list[Member]:
+    """List the files of an uncompressed tar, local or remote, by its headers; those whose name is `wanted` with their content.
+
+    Raises:
+        UserError: if it is no such tar, or is cut off.
+    """
+    fs, path = storage.filesystem(url)
+    try:
+        size = int(fs.size(path))
+        with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            members = []
+            for info in tar:
+                if not info.isfile():
+                    continue
+                # Headers alone do not show that the last member is cut off.
+                if info.offset_data + info.size > size:
+                    raise EOFError(f"member {info.name} reaches {info.offset_data + info.size - size} bytes past the end")
+                file = tar.extractfile(info) if wanted(info.name) else None
+                content = None if file is None else file.read()
+                members.append(Member(info.name, info.offset_data, info.size, content))
+                # tarfile keeps every header it has seen; of a million members that is a gigabyte.
+                tar.members.clear()  # type: ignore[attr-defined]
+            return members
+    except (EOFError, tarfile.TarError, FileNotFoundError) as error:
+        raise UserError(f"{url}: got a tar that cannot be read: {error}; expected an uncompressed WebDataset tar") from error
+
+
+def read_part(url: str, offset: int, size: int) -> bytes:
+    """Read `size` bytes of a file from `offset` on, and no others.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    fs, path = storage.filesystem(url)
+    return bytes(fs.cat_file(path, start=offset, end=offset + size))
