@@ -37,7 +37,11 @@ def resume(
     from linearsr_platform.recipe.load import load_recipe
 
     quiet_libraries(verbose=verbose)
-    found = _check(load_recipe(recipe, profile, overrides or []), steps, workers, as_json=as_json, verbose=verbose)
+    show_and_exit(_check(load_recipe(recipe, profile, overrides or []), steps, workers, as_json=as_json, verbose=verbose), as_json=as_json)
+
+
+def show_and_exit(found: "ResumeCheck", *, as_json: bool) -> None:
+    """Print what a check came to, and exit with 1 if anything differs."""
     if as_json:
         typer.echo(json.dumps({**asdict(found), "equal": found.equal}, indent=2))
     else:
@@ -88,11 +92,8 @@ def _show(found: "ResumeCheck") -> None:
 
     console = output_console()
     worker, step = found.killed
-    console.print(
-        f"{found.steps} steps on {found.workers} worker{'s' if found.workers > 1 else ''}; worker {worker} was killed in step {step}, training went on from step "
-        f"{found.resumed_at}",
-        soft_wrap=True,
-    )
+    killed = f"worker {worker} was killed in step {step}, training went on from step {found.resumed_at}"
+    console.print(f"{found.steps} steps on {_workers(found.workers)}; {killed}", soft_wrap=True)
     _show_rows(console, found.rows, "interrupted")
     if found.other is not None:
         _show_other(console, found.other)
@@ -116,7 +117,7 @@ def _show_rows(console: "Console", rows: "Sequence[Row]", resumed: str) -> None:
 
 def _show_other(console: "Console", other: "OtherWorkers") -> None:
     console.print(
-        f"and from step {other.resumed_at} of the undisturbed one on {other.workers} worker{'s' if other.workers > 1 else ''}",
+        f"and from step {other.resumed_at} of the undisturbed one on {_workers(other.workers)}",
         soft_wrap=True,
     )
     _show_rows(console, other.rows, f"on {other.workers}")
@@ -125,3 +126,7 @@ def _show_other(console: "Console", other: "OtherWorkers") -> None:
         "at most. Workers draw noise of their own, so with another number of them training has other luck.\n",
         soft_wrap=True,
     )
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"

@@ -8,14 +8,17 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, sleep
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from linearsr_platform import storage
 from linearsr_platform.data.reader import Trace
 from linearsr_platform.errors import StageError
-from linearsr_platform.train.checkpoint_store import find, names_in
+from linearsr_platform.train.checkpoint_store import find, names_in, parse_checkpoint_name
 from linearsr_platform.train.job import Rehearsal
-from linearsr_platform.train.protocols import Batch, BatchSource
+
+if TYPE_CHECKING:
+    # Brings DeepSpeed, which who only reads what was written need not wait for.
+    from linearsr_platform.train.protocols import Batch, BatchSource
 
 Draw = tuple[str, int, int]
 """Key of a sample, epoch, and number among the crops of its image in this epoch; with the seed it decides the crop and its degradation."""
@@ -29,7 +32,7 @@ class RehearsedBatches:
     """Satisfies `train.protocols.BatchSource`: passes batches on, writes down what they are made of, and kills this process when due."""
 
     def __init__(
-        self, make: Callable[[Trace | None], BatchSource], rehearsal: Rehearsal, *, rank: int, world_size: int, checkpoints: str
+        self, make: "Callable[[Trace | None], BatchSource]", rehearsal: Rehearsal, *, rank: int, world_size: int, checkpoints: str
     ) -> None:
         """Pass on the batches of the source that `make` gives, which tells the function that it is given of every crop.
 
@@ -44,12 +47,13 @@ class RehearsedBatches:
         self._step: list[list[Draw]] = []
         self._inner: Any = make(lambda key, epoch, draw: self._draws.append((key, epoch, draw)))
         self._rehearsal, self._rank, self._workers, self._checkpoints = rehearsal, rank, world_size, checkpoints
+        self._began = 0
 
     def __iter__(self) -> Self:
         """Return itself."""
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> "Batch":
         """Return the next micro-batch."""
         step = int(self._inner.state()["step"]) + 1
         self._draws.clear()
@@ -71,6 +75,7 @@ class RehearsedBatches:
         """Continue the source."""
         self._step = []
         self._inner.restore(states)
+        self._began = int(self._inner.state()["step"])
 
     def close(self) -> None:
         """End the source's processes."""
@@ -82,10 +87,15 @@ class RehearsedBatches:
             return
         until = monotonic() + CHECKPOINT_S
         # Threads write it, this worker's too, while the others wait for this one in the step.
-        while not any(find(self._checkpoints, name) for name in names_in(self._checkpoints)) and monotonic() < until:
+        while not self._has_checkpoint() and monotonic() < until:
             sleep(POLL_S)
         storage.write_json(note, {"worker": self._rank, "step": step})
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def _has_checkpoint(self) -> bool:
+        """Say whether there is a complete checkpoint of this attempt."""
+        names = (name for name in names_in(self._checkpoints) if parse_checkpoint_name(name)[0] > self._began)
+        return any(find(self._checkpoints, name) for name in names)
 
 
 def was_killed(url: str) -> bool:

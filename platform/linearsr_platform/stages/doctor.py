@@ -49,7 +49,7 @@ def check_recipe_resume(context: RecipeContext, *, steps: int, other_workers: in
         require_room({"pretrain": max(recipe.pretrain.workers, other_workers or 0)}, share, room_of(recipe.cluster))
     url = storage.join(context.storage_url, f"{FOLDER}{uuid4().hex[:12]}")
     try:
-        context.results["prepare"] = _prepared(context, url)
+        context.results["prepare"] = prepared_data(context, url)
         job = pretrain_job(context, url, measure(context))
 
         def on_poll(events: Sequence[Event]) -> None:
@@ -62,7 +62,7 @@ def check_recipe_resume(context: RecipeContext, *, steps: int, other_workers: in
         storage.remove(url)
 
 
-def _prepared(context: RecipeContext, url: str) -> StageResult:
+def prepared_data(context: RecipeContext, url: str) -> StageResult:
     """Return the prepared data of the recipe's run, checked, or else prepare them below `url`."""
     key = key_of(prepare.NAME, prepare.settings(context), {})
     found = StageResult.read(stage_url(context.run_url, prepare.NAME, key))

@@ -20,7 +20,7 @@ class Rehearsal:
     url: str
     """Folder to which every worker writes the crops of each of its batches."""
     kill: tuple[int, int] | None = None
-    """Worker and step: the worker is killed in this step, once there is a checkpoint to go on from. Once only. None kills nobody."""
+    """Worker and step: the worker is killed in this step, once this attempt has left a checkpoint. Once only. None kills nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
