@@ -145,17 +145,20 @@ def _on_other_workers(job: TrainJob, one: _Training, workers: int, cluster: Clus
     target = storage.join(checkpoints_url(_storage_url(url), moved), first)
     storage.copy_tree(storage.join(storage.parent(one.checkpoint.url), first), target)
     (other,) = _train([moved], cluster, url, on_poll)
+    if other.first_step == 0:
+        raise StageError(f"resume: got a training on {workers} workers from step 0; expected one that goes on from {target}")
     after = range(other.first_step + 1, one.steps + 1)
     batches = [{step: global_batch(training.draws[step]) for step in after} for training in (one, other)]
     rates = [{step: training.numbers.get(step, {}).get("lr") for step in after} for training in (one, other)]
-    losses = [abs(one.numbers[step]["loss"] - other.numbers[step]["loss"]) for step in after]
+    both = [step for step in after if step in one.numbers and step in other.numbers]
+    losses = [abs(one.numbers[step]["loss"] - other.numbers[step]["loss"]) for step in both]
     return OtherWorkers(
         workers=workers,
         resumed_at=other.first_step,
         rows=(_series_row("crops of every global batch, in order", *batches), _series_row(NUMBERS["lr"], *rates)),
         weights_apart=_apart(one, other, "weight"),
         average_apart=_apart(one, other, "average"),
-        loss_apart=max(losses),
+        loss_apart=max(losses, default=float("inf")),
     )
 
 
