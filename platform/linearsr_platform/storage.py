@@ -367,7 +367,8 @@ def _upload(source: Path, url: str) -> None:
 
 def _download(url: str, target: Path) -> None:
     """Get a remote file, or every file of a remote folder."""
-    if call(url, lambda fs, path: bool(fs.isfile(path))):
+    # Not `isfile`, which takes any error for a no: a file that could not be asked for just then would be taken for a folder.
+    if call(url, lambda fs, path: bool(fs.info(path)["type"] == "file")):
         download(url, target)
         return
     target.mkdir(parents=True)

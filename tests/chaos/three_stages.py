@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.recipe.schema import ClusterConfig
@@ -41,6 +42,7 @@ class Watch:
     starts: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     checkpoints: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    """Each begins with the trainer's name."""
 
     def __call__(self, events: Sequence[Event]) -> None:
         now = time.monotonic()
@@ -52,7 +54,7 @@ class Watch:
             elif event.kind == "checkpoint":
                 self.checkpoints[event.source] = event.step
             elif event.kind == "message":
-                self.messages.append(event.detail["text"])
+                self.messages.append(f"{event.source}: {event.detail['text']}")
         self.trouble(self)
 
     def step(self, name: str) -> int:
@@ -70,15 +72,15 @@ class Watch:
         return found
 
 
-def train(jobs: Sequence[TrainJob], cluster: ClusterConfig, folder: Path, watch: Watch, *, cpus: float = CPUS_PER_WORKER) -> None:
-    """Train all jobs to their ends, or fail."""
+def train(jobs: Sequence[TrainJob], cluster: ClusterConfig, folder: Path | str, watch: Watch, *, cpus: float = CPUS_PER_WORKER) -> None:
+    """Train all jobs to their ends, their checkpoints below a folder or URL, or fail."""
     board = ProgressBoard.start()
     try:
-        outcomes = fit_all(jobs, cluster, storage_url=str(folder / "ray"), board=board, on_poll=watch, cpus_per_worker=cpus)
+        outcomes = fit_all(jobs, cluster, storage_url=storage.join(str(folder), "ray"), board=board, on_poll=watch, cpus_per_worker=cpus)
     finally:
         board.close()
     failures = [outcome.message for outcome in outcomes.values() if isinstance(outcome, TrainerFailure)]
-    assert failures == []
+    assert not failures, failures
     assert {outcome.steps for outcome in outcomes.values() if isinstance(outcome, TrainOutcome)} == {STEPS}
 
 

@@ -1,5 +1,6 @@
 """Storage against a real S3 server that answers badly: every call ends well, or says what is really wrong."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -54,6 +55,8 @@ def test_everything_works_on_a_bad_day(server: FlakyS3, root: str, tmp_path: Pat
         assert storage.read_bytes(storage.join(root, name)) == content
         storage.download(storage.join(root, name), tmp_path / "got")
         assert (tmp_path / "got").read_bytes() == content
+        with storage.local_path(storage.join(root, name)) as path:
+            assert path.read_bytes() == content
     storage.copy_tree(root, str(tmp_path / "copy"))
     assert {str(path.relative_to(tmp_path / "copy")): path.read_bytes() for path in (tmp_path / "copy").rglob("*.bin")} == contents
     storage.remove(root + "/a")
@@ -81,6 +84,23 @@ def test_preparation_and_checks_work_on_a_bad_day(server: FlakyS3, root: str, tm
         assert list(list_source("mine", SourceConfig(url=root + "/*.tar"))) == ["a.tar"]
     assert read_records(storage.join(root, "records"), "one-") == {f"one-{number}": number for number in range(30)}
     assert server.faults.total() > before
+
+
+def test_a_file_that_cannot_be_asked_for_is_not_taken_for_a_folder(server: FlakyS3, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = storage.join(root, "x.tar")
+    storage.write_bytes(url, b"content")
+    fs, _ = storage.filesystem(url)
+    ask, asked = fs._info, iter([False, True])
+
+    async def refuse_the_second(path: str, *arguments: object, **options: object) -> object:
+        if next(asked, False):
+            raise OSError(errno.EBUSY, "SlowDown")
+        return await ask(path, *arguments, **options)
+
+    # The first is whether it is there at all.
+    monkeypatch.setattr(fs, "_info", refuse_the_second)
+    with storage.local_path(url) as path:
+        assert path.read_bytes() == b"content"
 
 
 def test_what_will_not_go_away_is_not_tried_again(server: FlakyS3, root: str) -> None:

@@ -99,6 +99,9 @@ class _Fleet:
         self._storage_url, self._board, self._keep = storage_url, board, keep
         self._running: dict[Ref, TrainJob] = {}
         self._restarts: Counter[str] = Counter()
+        # Ray Train's helper that gives back the CPUs of a trainer whose driving process is lost looks for the cluster by itself, and
+        # fails where several run on one machine. Children of the task inherit the variable.
+        self._address = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
 
     def run(self, queue: deque[TrainJob], on_poll: OnPoll, results: dict[str, Result]) -> None:
         """Work off the queue, in its order."""
@@ -121,7 +124,8 @@ class _Fleet:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
-            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
+            task = _train.options(runtime_env=self._address)
+            ref = task.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
             self._running[ref] = job
 
     def _result(self, ref: Ref, job: TrainJob) -> Result:

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import socket
+import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,10 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable in which Ray tells a job what it was submitted with."""
 QUEUE_POLL_S = 10.0
 """How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
+
+CLEANER = 'cat; for pause in 3 5; do sleep "$pause"; rm -rf "$1"; done'
+"""Shell script that deletes a folder once its standard input ends, which it does with the process that holds the other end. Ray's own
+processes notice that only after some seconds, and write until then."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +125,7 @@ def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: b
             f"cluster.object_store_mb: got {config.object_store_mb}; expected at least {MIN_OBJECT_STORE_MB}; "
             "fix: raise cluster.object_store_mb"
         )
-    folder = Path(tempfile.mkdtemp(prefix="linearsr-ray-", dir=_temporary_root()))
-    try:
+    with _ray_folder(keep=verbose) as folder:
         _choose_token()
         with _environment(_local_variables(config, folders)):
             ray.init(
@@ -139,11 +143,22 @@ def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: b
                 yield
             finally:
                 ray.shutdown()
-    finally:
-        if verbose:
-            logger.info("Ray's logs are kept in %s", folder)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ray_folder(*, keep: bool) -> Iterator[Path]:
+    """Make a folder for what Ray writes, deleted at the end unless it is kept, and in any case if this process is killed."""
+    folder = Path(tempfile.mkdtemp(prefix="linearsr-ray-", dir=_temporary_root()))
+    command = ["/bin/sh", "-c", CLEANER, "sh", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as cleaner:  # noqa: S603 (nothing in it is a user's)
+        try:
+            yield folder
+        finally:
+            cleaner.kill()
+            if keep:
+                logger.info("Ray's logs are kept in %s", folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

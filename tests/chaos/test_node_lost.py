@@ -1,0 +1,45 @@
+"""A machine of a cluster is lost with a worker of every trainer, under ZeRO 1, 2 and 3, and another one comes later."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
+AWAY_S = 5.0
+
+
+def test_a_lost_node_costs_at_most_two_checkpoint_intervals(undisturbed: Path, tmp_path: Path) -> None:
+    import ray
+    from nodes import homes, several_nodes
+    from three_stages import INTERVAL, Watch, assert_equal, jobs_of, note, train
+
+    jobs = jobs_of(tmp_path)
+    names = [job.name for job in jobs]
+    lost_at: list[float] = []
+
+    with several_nodes(2) as nodes:
+
+        def lose_a_node(watch: Watch) -> None:
+            nodes.make_room()
+            if not lost_at and all(watch.checkpoints.get(name, 0) >= INTERVAL for name in names):
+                on_each = homes()
+                assert sorted(map(len, on_each.values())) == [3, 3], "each node has a worker of each trainer"
+                assert nodes.lose(nodes.workers()[0]) in on_each
+                lost_at.append(time.monotonic())
+            elif len(lost_at) == 1 and time.monotonic() >= lost_at[0] + AWAY_S:
+                nodes.add()
+                lost_at.append(time.monotonic())
+
+        nodes.fill(2)
+        watch = Watch(lose_a_node)
+        train(jobs, nodes.config, tmp_path, watch)
+        assert len(lost_at) == 2
+        note("a node", watch, names)
+        for name in names:
+            assert [0 <= steps < 2 * INTERVAL for steps, _ in watch.lost(name)] == [True]
+        assert_equal(tmp_path, undisturbed, names)
+        end = time.monotonic() + 10
+        while ray.available_resources().get("CPU", 0.0) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+        assert ray.available_resources()["CPU"] == 2
