@@ -91,10 +91,13 @@ def test_a_run_is_never_doubled_and_goes_on_after_a_stop(head: Head, tmp_path: P
     assert "linearsr stop" in again.stderr
 
     assert head.log_has(job, "pretrain: started")
+    # Where tests run in the background, Ctrl-C is ignored, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     follower = subprocess.Popen(
         [sys.executable, "-m", "linearsr_platform", "logs", "smoke", "-f", "--address", head.address],
         env=head.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     assert follower.stdout is not None
     while "pretrain: started" not in follower.stdout.readline():
         assert follower.poll() is None
