@@ -22,12 +22,14 @@ _SHORTEST = 3  # Evaluations after an onset before it can be seen, so that one b
 _FOLDS = (2.0, 3.0, 5.0)  # Growth of the noise that is tested for.
 _CUT = 4.0  # Noise units at which a single value counts no further.
 _CUT_LEVEL = 4.0  # The same where the mean is tested.
-_OSCILLATION, _DECLINE = 3.9, 6.5  # Log-likelihood ratios that prove either.
-_LATE, _EARLY = 1.5, 40  # Added for each natural logarithm of the evaluations over so many: every one was a chance of a false alarm.
+_LONE = 1.5  # Times the second worst evaluation at which the worst one counts no further: noise with heavy tails is far out once.
+_LEAST_RHO = 0.3  # Autocorrelation up to which no evidence is gained: over a short window 0.3 is often measured as less.
+_OSCILLATION, _DECLINE = 2.5, 6.5  # Log-likelihood ratios that prove either.
+_LATE, _EARLY = 1.0, 40  # Added for each natural logarithm of the evaluations over so many: every one was a chance of a false alarm.
 _BOTH = 0.3  # Share of the weaker one that is added, for they come together.
 _RECENT, _LASTING = 4, 6  # Evaluations over which scale and autocorrelation are averaged.
 _RISE_SHORTEST, _RISE_LONGEST = 4, 10  # Evaluations before an onset that tell whether the curve still rose there.
-_RISE_CAUTION, _RISE_MOST = 0.35, 2.0  # More evidence needed for each standard error of that rise, and up to how many.
+_RISE_CAUTION, _RISE_MOST = 0.5, 3.0  # More evidence needed for each standard error of that rise, and up to how many.
 _ENOUGH_TO_LEAVE_OUT = 3  # Metrics from which on no single one can prove anything.
 _NEARLY = 0.5  # Share of the strongest evidence.
 _BACKWARD = 8  # Evaluations by which an onset may be moved back when it is dated.
@@ -201,7 +203,7 @@ class _Evidence:
             best = np.maximum(best, self._without_any(ratio * self._weights))
         # Squares of correlated values repeat what others say.
         shared = 1 / (1 + (self._metrics - 1) * self._correlation**2)
-        return np.asarray(best * shared * (1 - self._rho**2) / (1 + self._rho**2))
+        return np.asarray(best * shared * _independent(self._rho))
 
     def decline(self) -> Array:
         """Return the log-likelihood ratio (V,) of a mean under the level against a mean on it."""
@@ -222,13 +224,12 @@ class _Evidence:
         mean = np.clip(self._distances[index], -_CUT_LEVEL, _CUT_LEVEL).sum(axis=0) / np.maximum(counts, 1)
         error = np.sqrt(variance_inflation(self._rho[index], counts) + self._level_variance[index])
         fall = freedom / 2 * np.log1p(np.square(np.maximum(-mean / error, 0)) / freedom)
-        independent = (1 - self._rho[index] ** 2) / (1 + self._rho[index] ** 2)
-        return np.asarray(np.maximum(np.max(growth, axis=0) * independent, fall))
+        return np.asarray(np.maximum(np.max(growth, axis=0) * _independent(self._rho[index]), fall))
 
     def _squares(self) -> tuple[Array, Array]:
         """Return sums over evaluations of squared distances (V, M): of those under the level, and of all."""
         squares = np.minimum(np.square(self._distances) / (1 + self._level_variance)[:, None, None], _CUT**2)
-        return (squares * (self._distances < 0)).sum(axis=1), squares.sum(axis=1)
+        return _without_lone(squares * (self._distances < 0)).sum(axis=1), _without_lone(squares).sum(axis=1)
 
     def _without_any(self, ratios: Array) -> Array:
         """Return from ratios (V, 1 + M) what is left whichever metric is left out, where there are enough of them."""
@@ -244,6 +245,19 @@ def _leave_out(parts: Array) -> Array:
 def _growth(squares: Array, count: Array, freedom: Array, fold: float) -> Array:
     """Return the log-likelihood ratio of noise `fold` times as large, the scale known to `freedom` degrees only (Student's t)."""
     return np.asarray(-count * np.log(fold) + (freedom + count) / 2 * np.log((freedom + squares) / (freedom + squares / fold**2)))
+
+
+def _without_lone(squares: Array) -> Array:
+    """Shrink the worst evaluation of squares (V, J, M), over all metrics, to a multiple of the second worst."""
+    totals = squares.sum(axis=2)
+    most = _LONE * np.sort(totals, axis=1)[:, -2:-1]
+    return np.asarray(squares * np.minimum(1.0, most / np.maximum(totals, 1e-12))[:, :, None])
+
+
+def _independent(rho: Array) -> Array:
+    """Return the share of squared values that does not repeat those before, at an autocorrelation."""
+    rho = np.maximum(rho, _LEAST_RHO)
+    return np.asarray((1 - rho**2) / (1 + rho**2))
 
 
 def _independent_share(null: Scatter, metrics: int) -> float:

@@ -3,7 +3,7 @@
 Everything is measured on the evaluations up to one point and serves as the null model for what comes after it: without oscillation
 or decline, later evaluations lie on the level or above it, with the same noise. Shape letters: N evaluations, M metrics.
 Source: method.md 4.5 (i), (ii), with second differences at three lags in place of one-step residuals, because their ratio tells
-independent noise from slowly wandering noise whatever the trend.
+independent noise from slowly wandering noise whatever the trend; the correlation of neighbouring residuals makes it surer.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,13 @@ _LATE_CONSTANTS = (0.3, 2.0)  # Of rises that begin inside the window.
 _LATE_RISE = 0.5  # Share of the squares left by a plain trend that a late rise may leave at most.
 _OUTLIER = 3 * 1.4826  # Median absolute differences at which single ones are cut.
 _PRIOR_RHO, _PRIOR_RHO_WEIGHT = 0.2, 30.0  # Worth 30 differences.
+_RATIO_WEIGHT = 0.5  # Of a difference in the ratio of lags, beside a pair of neighbouring residuals.
+_CLIP = 3.0  # Standard deviations at which a residual counts no further in a correlation.
 _PRIOR_CORRELATION, _PRIOR_CORRELATION_WEIGHT = 0.2, 30.0  # Worth 30 evaluations.
 _SMALLEST_RHO = 0.15  # Curves of one network are never quite independent, and too small a value is the costly error.
 # Estimates of strong autocorrelation come out too small, because the fitted trend takes a part of it: measured -> true, from simulation.
-_RHO_MEASURED = (0.0, 0.1, 0.28, 0.45, 0.55, 0.75)
-_RHO_TRUE = (0.0, 0.1, 0.3, 0.57, 0.7, 0.85)
+_RHO_MEASURED = (0.0, 0.1, 0.29, 0.42, 0.53, 0.62, 0.7)
+_RHO_TRUE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.75, 0.85)
 _INFORMATION = 0.8  # Degrees of freedom of a second difference.
 _LEVEL_SHARE = 4.0  # Evaluations of a window for each that its fitted end is worth.
 _SMALLEST_SCALE = 1e-3  # Of the spread of the whole history; below it differences are rounding.
@@ -133,7 +135,7 @@ def _measure_window(values: Array, length: int) -> _Window | None:
     if not live.any():
         return None
     lags = 3 if differences[2, live].min() >= 3 else 2
-    rho = _autocorrelation(variances[:lags, live], float(differences[1, live].sum()))
+    rho = _autocorrelation(variances[:lags, live], float(differences[1, live].sum()), residuals[:, live])
     factors = _difference_factor(rho, np.arange(1, lags + 1))[:, None]
     with np.errstate(invalid="ignore"):
         squares = (variances[:lags] * differences[:lags] / factors).sum(axis=0) / differences[:lags].sum(axis=0)
@@ -199,19 +201,45 @@ def _ratios(lags: int) -> Array:
     return np.asarray(longer.mean(axis=0) / _difference_factor(_GRID, 1))
 
 
-def _autocorrelation(variances: Array, weight: float) -> float:
-    """Return the autocorrelation that explains how difference variances (lags, M) grow with the lag, drawn towards a prior."""
+def _autocorrelation(variances: Array, weight: float, residuals: Array) -> float:
+    """Return the autocorrelation, drawn towards a prior.
+
+    Two estimates are averaged: the one that explains how difference variances (lags, M) grow with the lag, which no trend spoils, and the
+    correlation of neighbouring residuals (N, M), which is less noisy.
+
+    Args:
+        variances: of second differences at lags 1, 2 and perhaps 3.
+        weight: number of differences.
+        residuals: what the fitted trend leaves; NaN before its window.
+    """
     near, far = np.maximum(variances[0], 1e-300), np.maximum(variances[1:].mean(axis=0), 1e-300)
     ratio = float((np.log(far) - np.log(near)).mean())
     measured = float(np.interp(ratio, np.log(_ratios(len(variances))), _GRID))
-    drawn = (measured * weight + _PRIOR_RHO * _PRIOR_RHO_WEIGHT) / (weight + _PRIOR_RHO_WEIGHT)
+    neighbours, pairs = _neighbour_correlation(residuals)
+    weight *= _RATIO_WEIGHT
+    drawn = (measured * weight + neighbours * pairs + _PRIOR_RHO * _PRIOR_RHO_WEIGHT) / (weight + pairs + _PRIOR_RHO_WEIGHT)
     return max(_SMALLEST_RHO, float(np.interp(drawn, _RHO_MEASURED, _RHO_TRUE)))
+
+
+def _neighbour_correlation(residuals: Array) -> tuple[float, float]:
+    """Return the correlation of neighbouring residuals (N, M) over all metrics, and the number of pairs."""
+    size = np.sqrt(np.nanmean(np.square(residuals), axis=0))
+    scaled = np.clip(residuals / np.where(size > 0, size, np.nan), -_CLIP, _CLIP)
+    known = np.isfinite(scaled)
+    pairs = known[:-1] & known[1:]
+    count = float(pairs.sum())
+    if not count:
+        return 0.0, 0.0
+    length = known.sum(axis=0).max()
+    ratio = float(np.where(pairs, scaled[:-1] * scaled[1:], 0.0).sum() / count / np.square(scaled[known]).mean())
+    # What the fitted trend takes away: a mean and a slope.
+    return float(np.clip((ratio + 2 / length) / max(1 - 4 / length, 0.2), 0.0, _GRID[-1])), count
 
 
 def _correlation(scaled: Array) -> float:
     """Return the mean correlation between the columns of residuals (N, M), drawn towards a prior; 0 to 1."""
     live = np.isfinite(scaled).any(axis=0)
-    rows = np.clip(scaled[np.isfinite(scaled[:, live]).all(axis=1)][:, live], -3, 3)
+    rows = np.clip(scaled[np.isfinite(scaled[:, live]).all(axis=1)][:, live], -_CLIP, _CLIP)
     count, metrics = rows.shape
     if metrics < 2 or count < FEWEST + 1:
         return _PRIOR_CORRELATION

@@ -30,6 +30,7 @@ __all__ = [
     "absolute",
     "atomic_file",
     "atomic_folder",
+    "call",
     "copy_file",
     "copy_tree",
     "download",
@@ -134,15 +135,15 @@ def _options(url: str) -> dict[str, Any]:
     return {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 3}} | settings}
 
 
-def _call(url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
-    """Do something with the file system and path of a URL, with patience if it is remote."""
+def call(url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
+    """Do something with the file system and path of a URL; if it is remote it may be done several times, until it goes well."""
     fs, path = filesystem(url)
     return action(fs, path) if isinstance(fs, LocalFileSystem) else tried(url, lambda: action(fs, path))
 
 
 def exists(url: str) -> bool:
     """Tell whether a file or folder is there."""
-    return _call(url, lambda fs, path: bool(fs.exists(path)))
+    return call(url, lambda fs, path: bool(fs.exists(path)))
 
 
 def size_and_version(url: str) -> tuple[int, str]:
@@ -151,7 +152,7 @@ def size_and_version(url: str) -> tuple[int, str]:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    info: dict[str, Any] = _call(url, lambda fs, path: dict(fs.info(path)))
+    info: dict[str, Any] = call(url, lambda fs, path: dict(fs.info(path)))
     return int(info["size"]), next((f"{name} {info[name]}" for name in VERSIONS if info.get(name)), "")
 
 
@@ -161,7 +162,7 @@ def download(url: str, target: Path) -> None:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    _call(url, lambda fs, path: _get(fs, path, target))
+    call(url, lambda fs, path: _get(fs, path, target))
 
 
 def _get(fs: AbstractFileSystem, path: str, target: Path) -> None:
@@ -179,7 +180,7 @@ def read_bytes(url: str) -> bytes:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    return _call(url, lambda fs, path: bytes(fs.cat_file(path)))
+    return call(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
 def read_text(url: str) -> str:
@@ -288,23 +289,23 @@ def list_files(url: str, pattern: str = "*") -> list[str]:
     """
     _, path = filesystem(url)
     root = path.rstrip("/")
-    everything: list[str] = _call(url, lambda fs, path: list(fs.find(path)))
+    everything: list[str] = call(url, lambda fs, path: list(fs.find(path)))
     below = (found[len(root) :].lstrip("/") for found in everything if found.startswith(f"{root}/"))
     return [join(url, name) for name in sorted(below) if TEMPORARY_MARK not in name and fnmatch(name, pattern)]
 
 
 def list_folders(url: str) -> list[str]:
     """List the URLs of the folders directly inside a folder, in order of name; [] if there is no such folder."""
-    if not _call(url, lambda fs, path: bool(fs.isdir(path))):
+    if not call(url, lambda fs, path: bool(fs.isdir(path))):
         return []
-    entries: list[dict[str, Any]] = _call(url, lambda fs, path: list(fs.ls(path, detail=True)))
+    entries: list[dict[str, Any]] = call(url, lambda fs, path: list(fs.ls(path, detail=True)))
     names = (name_of(entry["name"]) for entry in entries if entry["type"] == "directory")
     return [join(url, name) for name in sorted(names) if TEMPORARY_MARK not in name]
 
 
 def remove(url: str) -> None:
     """Delete a file or a folder with all that is in it; nothing there is fine."""
-    _call(url, _remove)
+    call(url, _remove)
 
 
 def _remove(fs: AbstractFileSystem, path: str) -> None:
@@ -361,13 +362,13 @@ def _upload_tree(folder: Path, url: str) -> None:
 
 
 def _upload(source: Path, url: str) -> None:
-    _call(url, lambda fs, path: fs.put_file(str(source), path))
+    call(url, lambda fs, path: fs.put_file(str(source), path))
 
 
 def _download(url: str, target: Path) -> None:
     """Get a remote file, or every file of a remote folder."""
     # Not `isfile`, which takes any error for a no: a file that could not be asked for just then would be taken for a folder.
-    if _call(url, lambda fs, path: bool(fs.info(path)["type"] == "file")):
+    if call(url, lambda fs, path: bool(fs.info(path)["type"] == "file")):
         download(url, target)
         return
     target.mkdir(parents=True)

@@ -29,7 +29,7 @@ class Head:
     gcs: str
     token: str
 
-    def linearsr(self, *arguments: str, token: str | None = None, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def linearsr(self, *arguments: str, token: str | None = None, seconds: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "linearsr_platform", *arguments, "--address", self.address]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=self.env(token), timeout=seconds)
 
@@ -37,7 +37,7 @@ class Head:
         given = self.token if token is None else token
         return {**os.environ, "RAY_AUTH_TOKEN": given, "HOME": "/nonexistent"}
 
-    def log_has(self, job: str, text: str, seconds: float = 90) -> bool:
+    def log_has(self, job: str, text: str, seconds: float = 300) -> bool:
         end = time.monotonic() + seconds
         while text not in self.linearsr("logs", job).stdout:
             if time.monotonic() > end:
@@ -69,7 +69,7 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", token)
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 180
             while started.linearsr("list").returncode and time.monotonic() < end:
                 time.sleep(1)
             yield started

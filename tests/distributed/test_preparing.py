@@ -26,7 +26,7 @@ from linearsr_platform.data.prepare import prepare
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.load import load_recipe
-from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.context import RecipeContext
 from linearsr_platform.stages.prepare import run
 
 SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
@@ -164,7 +164,7 @@ def test_the_stage_takes_the_cluster_for_many_photographs_alone(cluster: object,
         overrides = [f"data.sources={{mine: '{tmp_path}/in'}}", "data.validation_px=32", "data.min_side_px=32", "data.held_out=['0']"]
         loaded = load_recipe(str(SMOKE), overrides=[*overrides, "validation.crop_px=32", f"data.parallel_from={parallel_from}"])
         display, tracked = Told(), Params()
-        context = RunContext(loaded, str(tmp_path), None, None, display, "tester", lambda: opened.append(url))
+        context = RecipeContext(loaded=loaded, storage_url=str(tmp_path), display=display, open_cluster=lambda: opened.append(url))
         output = run(context, url, tracked)
         assert tracked.params["duplicates"] == 1
         return display, output.summary

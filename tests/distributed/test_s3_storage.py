@@ -1,9 +1,11 @@
 """Storage against a real S3 server that answers badly: every call ends well, or says what is really wrong."""
 
 import errno
+import hashlib
 import logging
 import os
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from flaky_s3 import KINDS, FlakyS3, flaky_s3
 
 from linearsr_platform import storage
+from linearsr_platform.data.manifest import file_hash
+from linearsr_platform.data.records import read_records, write_record
+from linearsr_platform.data.sources import list_source
+from linearsr_platform.data.tars import index_tar, read_part
+from linearsr_platform.recipe.data_schema import SourceConfig
 
 pytestmark = pytest.mark.server
 
@@ -54,6 +61,28 @@ def test_everything_works_on_a_bad_day(server: FlakyS3, root: str, tmp_path: Pat
     assert {str(path.relative_to(tmp_path / "copy")): path.read_bytes() for path in (tmp_path / "copy").rglob("*.bin")} == contents
     storage.remove(root + "/a")
     assert storage.list_files(root) == []
+    assert server.faults.total() > before
+
+
+def test_preparation_and_checks_work_on_a_bad_day(server: FlakyS3, root: str, tmp_path: Path) -> None:
+    pictures = {f"{number:03d}.jpg": os.urandom(9000 + number) for number in range(40)}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in pictures.items():
+            (tmp_path / name).write_bytes(content)
+            tar.add(tmp_path / name, name)
+    url = storage.join(root, "a.tar")
+    storage.write_bytes(url, (tmp_path / "a.tar").read_bytes())
+    for number in range(30):
+        write_record(storage.join(root, "records"), f"one-{number}", number)
+    server.share = 0.3
+    before = server.faults.total()
+    for _ in range(4):
+        assert file_hash(url) == hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+        members = index_tar(url, lambda name: name == "003.jpg")
+        assert [member.name for member in members] == list(pictures)
+        assert members[3].content == read_part(url, members[3].offset, members[3].size) == pictures["003.jpg"]
+        assert list(list_source("mine", SourceConfig(url=root + "/*.tar"))) == ["a.tar"]
+    assert read_records(storage.join(root, "records"), "one-") == {f"one-{number}": number for number in range(30)}
     assert server.faults.total() > before
 
 

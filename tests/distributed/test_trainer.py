@@ -1,9 +1,11 @@
 """One trainer with two real workers: Ray Train, DeepSpeed ZeRO-2 over gloo, shards, checkpoints, outcome; and what is refused."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
@@ -13,10 +15,14 @@ from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.failures import explain
+from linearsr_platform.cluster.record import checkpoints_url
+from linearsr_platform.cluster.rehearsal import global_batch, read_draws
 from linearsr_platform.cluster.session import package_folders
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.train_schema import ZeroConfig
+from linearsr_platform.train.checkpoint_contents import newest_checkpoint, whole
 from linearsr_platform.train.checkpoint_store import names_in
+from linearsr_platform.train.job import Rehearsal
 
 pytestmark = pytest.mark.ray
 
@@ -106,6 +112,48 @@ def test_a_run_goes_on_from_a_whole_checkpoint_at_another_stage_to_where_it_woul
     assert moved.history[0] == undisturbed.history[0]
     for point, other in zip(moved.history, undisturbed.history, strict=True):
         assert point == pytest.approx(other, rel=1e-3)
+
+
+def test_a_run_is_fed_and_learns_the_same_on_one_worker_and_then_on_two_again(cluster, tmp_path: Path) -> None:
+    from toy_training import free_cpus, toy_job
+
+    board, starts, losses = ProgressBoard.start(), [], {}
+
+    def listen(new) -> None:
+        starts.extend((event.step, event.values["workers"]) for event in new if event.kind == "start")
+        losses.update({event.step: event.values["loss"] for event in new if event.kind == "metrics"})
+
+    def train(folder: Path, part: str, kill: tuple[int, int] | None = None, **layout):
+        settings = {"max_steps": 24, "checkpoint_every": 8, "log_every": 1, "accumulation": 1, "max_failures": 0, **layout}
+        job = toy_job(folder, "moved", task="QuietToyTask", **settings)
+        job = replace(job, rehearsal=Rehearsal(url=str(tmp_path / part), kill=kill))
+        url = str(folder / "ray")
+        result = fit_all([job], cluster, storage_url=url, board=board, on_poll=listen, keep_checkpoints=True)["moved"]
+        assert isinstance(result, TrainerFailure) == (kill is not None), result
+        return checkpoints_url(url, job)
+
+    undisturbed = newest_checkpoint(train(tmp_path / "one", "undisturbed", workers=2))
+    expected = dict(losses)
+    starts.clear()
+    losses.clear()
+    train(tmp_path / "other", "first", (1, 10), workers=2, zero=ZeroConfig(stage=2))
+    train(tmp_path / "other", "second", (0, 20), workers=1, zero=ZeroConfig(stage=1))
+    moved = newest_checkpoint(train(tmp_path / "other", "third", workers=2, zero=ZeroConfig(stage=3)))
+    board.close()
+
+    assert starts == [(0, 2), (8, 1), (16, 2)]
+    for step in range(1, 25):
+        part = "first" if step <= 8 else "second" if step <= 16 else "third"
+        fed = global_batch(read_draws(str(tmp_path / part), step))
+        assert len(fed) == 4
+        assert fed == global_batch(read_draws(str(tmp_path / "undisturbed"), step)), step
+    assert losses == pytest.approx(expected, rel=0, abs=1e-5)
+    for kind in ("weight", "average", "exp_avg", "exp_avg_sq"):
+        ours, theirs = whole(moved, kind), whole(undisturbed, kind)
+        assert ours.keys() == theirs.keys() == {"weight", "bias"}
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
+    assert free_cpus() == 2
 
 
 def test_an_elastic_trainer_starts_with_the_workers_that_there_is_room_for(cluster, tmp_path: Path) -> None:

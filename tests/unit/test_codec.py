@@ -28,7 +28,7 @@ from linearsr.upscaler import Upscaler
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.stages import pretrain
-from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.context import RecipeContext
 from linearsr_platform.stages.preflight import check_before_start
 from linearsr_platform.train.processes import join_group
 from linearsr_platform.train.snapshots import Snapshots
@@ -284,7 +284,7 @@ def test_a_run_is_refused_without_the_codec_and_trained_again_with_another(tmp_p
     recipe = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
     settings = [f"storage={tmp_path}", "model.flow.loss_weighting=latent", f"model.codec={{kind: dc-ae, factor: 32, source: {folder}}}"]
     loaded = load_recipe(str(recipe), None, settings)
-    context = RunContext(loaded, str(tmp_path), None, None, None, "tester", lambda: None)
+    context = RecipeContext(loaded=loaded, storage_url=str(tmp_path), display=None, open_cluster=lambda: None)
     check_before_start(loaded.recipe)
     before = stable_hash(pretrain.settings(context))
     assert stable_hash(pretrain.settings(context)) == before

@@ -9,6 +9,7 @@ import pytest
 
 from linearsr.config import MIN_POINTS
 from linearsr.knee import KneeDetector, decide_from_history
+from linearsr.scatter import measure_scatter
 
 METRICS = {"psnr_y": True, "ssim_y": True, "gmsd": False}
 EVERY = 50  # Training steps between evaluations.
@@ -112,6 +113,39 @@ def test_rounded_values_do_not_pass_for_oscillation():
     for seed in range(8):
         shape = 24 + 2 * (1 - np.exp(-np.arange(60) / 4)) + 0.004 * np.random.default_rng(seed).standard_normal(60)
         assert decisions(points_of({"psnr_y": shape.round(2)}), {"psnr_y": True})[-1].confirmed_at is None, seed
+
+
+def wandering_noise(rho, evaluations, metrics, seed):
+    """AR(1) noise of unit variance, (evaluations, metrics)."""
+    rng = np.random.default_rng(seed)
+    series = np.zeros((evaluations + 50, metrics))
+    for i, drawn in enumerate(rng.standard_normal(series.shape)):
+        series[i] = rho * series[i - 1] + math.sqrt(1 - rho**2) * drawn
+    return series[50:]
+
+
+def test_wandering_noise_is_told_from_independent_noise():
+    rise = 1 - np.exp(-np.arange(45)[:, None] / 6)
+    measured = {rho: [measure_scatter(rise + 0.08 * wandering_noise(rho, 45, 4, seed)).rho for seed in range(20)] for rho in (0, 0.3, 0.6)}
+    for rho, estimates in measured.items():
+        assert abs(np.median(estimates) - max(rho, 0.15)) < 0.06, (rho, estimates)
+        assert np.std(estimates) < (0.09 if rho < 0.5 else 0.13), (rho, estimates)
+
+
+def test_a_constant_metric_has_noise_of_some_autocorrelation():
+    assert np.isfinite(measure_scatter(np.full((20, 2), 3.0)).rho)
+
+
+def test_one_bad_evaluation_is_no_oscillation_however_bad():
+    final = []
+    for seed in range(20):
+        noise = 0.05 * wandering_noise(0.3, 26, 3, seed)
+        noise[-1] -= 2.0
+        curve = 1 - np.exp(-np.arange(26) / 5)
+        points = points_of({name: curve + column for name, column in zip("abc", noise.T, strict=True)})
+        final.append(decisions(points, dict.fromkeys("abc", True))[-1].final)
+    # The noise before it may happen to decline already.
+    assert sum(final) <= 2, final
 
 
 def test_no_single_metric_of_three_can_confirm():

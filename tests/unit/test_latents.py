@@ -17,7 +17,7 @@ from linearsr_platform.data.reader import CropReader
 from linearsr_platform.errors import RecipeErrors, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.load import load_recipe
-from linearsr_platform.stages.context import RunContext, StageResult
+from linearsr_platform.stages.context import RecipeContext, StageResult
 from linearsr_platform.stages.prepare import settings, shards_of
 
 SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
@@ -85,9 +85,9 @@ def test_a_recipe_with_latents_and_augmentation_or_small_photographs_is_refused(
 
 
 def test_data_with_latents_of_another_codec_is_refused_and_prepared_again(manifest: Manifest, tmp_path: Path) -> None:
-    def context(*overrides: str) -> RunContext:
+    def context(*overrides: str) -> RecipeContext:
         loaded = load_recipe(str(SMOKE), overrides=overrides)
-        made = RunContext(loaded, str(tmp_path), None, None, None, "tester", lambda: None)  # type: ignore[arg-type]
+        made = RecipeContext(loaded=loaded, storage_url=str(tmp_path), display=None, open_cluster=lambda: None)  # type: ignore[arg-type]
         url = str(tmp_path / "out")
         made.results["prepare"] = StageResult(stage="prepare", key="", url=url, summary="", seconds=0, run_id="", data={})
         return made

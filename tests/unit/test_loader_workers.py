@@ -77,6 +77,21 @@ def test_batches_do_not_depend_on_processes_and_resume_exactly_with_any_number(s
     again.close()
 
 
+def test_a_batch_that_somebody_holds_is_never_written_into(shards: list[str]) -> None:
+    """They lie in memory shared with the processes, which use it again."""
+    whole = list(islice(reader(shards, 0), 40))
+    one, held = reader(shards, 2), dict[int, torch.Tensor]()
+    for number in range(40):
+        # Of some only a part, and now and then more than there is room for.
+        held[number] = next(one)["image"][2:]
+        if number == 11:
+            one.restore(one.state())
+        held = {i: part for i, part in held.items() if i % 9 == 0 or i > number - 3}
+        assert all(torch.equal(part, whole[i]["image"][2:]) for i, part in held.items())
+    one.close()
+    assert all(torch.equal(part, whole[i]["image"][2:]) for i, part in held.items())
+
+
 def test_several_lanes_with_accumulation_come_out_of_processes_too(shards: list[str]) -> None:
     layout = {"rank": 1, "world_size": 2, "accumulation": 2, "batch_size": 3}
     whole = list(islice(reader(shards, 0, **layout), 12))

@@ -12,6 +12,7 @@ try:
     from linearsr_platform.cli.boundaries import boundaries
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
+    from linearsr_platform.cli.doctor import DOCTOR
     from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import compare, list_all, show
@@ -64,6 +65,7 @@ MODELS: dict[str, Callable[..., None]] = {
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "models": ("Registered models: list, compare, promote through the gate, roll back.", MODELS),
+    "doctor": ("Find out whether a recipe keeps its promises on these machines.", DOCTOR),
     "shards": ("Verify or show prepared data.", SHARDS),
     "tracking": ("Look after what MLflow is told.", {"flush": flush}),
 }

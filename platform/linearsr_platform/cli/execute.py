@@ -28,7 +28,7 @@ SEARCH_RUN = "search-run.json"
 def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
     """Run all stages, then write the report, also when a stage failed; `update` lets the recipe differ from the run's before."""
     quiet_libraries(verbose=verbose)
-    _bring_secrets(loaded)
+    bring_secrets_of(loaded)
     _check_identity(loaded, "run", update=update)
     from linearsr_platform.stages.pipeline import run_pipeline
     from linearsr_platform.stages.preflight import check_before_start
@@ -53,7 +53,7 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbos
 def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
     """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
     quiet_libraries(verbose=verbose)
-    _bring_secrets(loaded)
+    bring_secrets_of(loaded)
     _check_identity(loaded, "search", update=update)
     from linearsr_platform.cli.search_table import print_search
     from linearsr_platform.stages.preflight import check_before_start
@@ -84,7 +84,7 @@ def _check_identity(loaded: LoadedRecipe, kind: RunKind, *, update: bool) -> Non
         require_same_recipe(storage.join(storage.absolute(loaded.recipe.storage), loaded.recipe.name), loaded, kind)
 
 
-def _bring_secrets(loaded: LoadedRecipe) -> None:
+def bring_secrets_of(loaded: LoadedRecipe) -> None:
     """Set the variables that storage and tracking need, before either is asked."""
     if loaded.recipe.cluster.secrets:
         from linearsr_platform.cluster.session import bring_secrets

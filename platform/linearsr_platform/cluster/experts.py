@@ -53,6 +53,7 @@ def fit_all(
     board: ProgressBoard,
     on_poll: OnPoll,
     cpus_per_worker: float | None = None,
+    keep_checkpoints: bool = False,
 ) -> dict[str, Result]:
     """Train all jobs, as many at once as there is room for, and return what became of each, by name.
 
@@ -66,6 +67,7 @@ def fit_all(
         board: told about progress.
         on_poll: called about three times a second with the new events, also if there are none.
         cpus_per_worker: instead of `cluster.cpus_per_worker`.
+        keep_checkpoints: whether those of a finished job stay.
 
     Raises:
         UserError: if a job could never start on this cluster.
@@ -79,21 +81,22 @@ def fit_all(
             queue.append(job)
         else:
             results[job.name] = outcome
-            storage.remove(storage.join(storage_url, run_name(job)))
+            if not keep_checkpoints:
+                storage.remove(storage.join(storage_url, run_name(job)))
     if queue:
         room = room_of(cluster)
         if cluster.address is None:
             require_room({job.name: job.train.least_workers for job in queue}, share, room)
-        _Fleet(cluster, share, room, storage_url, board).run(queue, on_poll, results)
+        _Fleet(cluster, share, room, storage_url, board, keep_checkpoints).run(queue, on_poll, results)
     return {job.name: results[job.name] for job in jobs}
 
 
 class _Fleet:
     """Starts trainers as room comes free and collects what became of them."""
 
-    def __init__(self, cluster: ClusterConfig, share: Share, room: Room, storage_url: str, board: ProgressBoard) -> None:
+    def __init__(self, cluster: ClusterConfig, share: Share, room: Room, storage_url: str, board: ProgressBoard, keep: bool) -> None:
         self._cluster, self._share, self._room = cluster, share, room
-        self._storage_url, self._board = storage_url, board
+        self._storage_url, self._board, self._keep = storage_url, board, keep
         self._running: dict[Ref, TrainJob] = {}
         self._restarts: Counter[str] = Counter()
         # Ray Train's helper that gives back the CPUs of a trainer whose driving process is lost looks for the cluster by itself, and
@@ -121,7 +124,8 @@ class _Fleet:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
-            ref = _train.options(runtime_env=self._address).remote(job, self._cluster, self._storage_url, self._board, self._share.cpus)
+            task = _train.options(runtime_env=self._address)
+            ref = task.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
             self._running[ref] = job
 
     def _result(self, ref: Ref, job: TrainJob) -> Result:
@@ -160,13 +164,15 @@ class _Fleet:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _train(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus_per_worker: float) -> Result:
+def _train(
+    job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus_per_worker: float, keep_checkpoints: bool
+) -> Result:
     """Run one trainer. A task, because it can be cancelled; without CPUs, because an expert would wait for its own."""
     # Imports torch, which the driver need not.
     from linearsr_platform.cluster.trainer import fit
 
     try:
-        return fit(job, cluster, storage_url=storage_url, board=board, cpus_per_worker=cpus_per_worker)
+        return fit(job, cluster, storage_url=storage_url, board=board, cpus_per_worker=cpus_per_worker, keep_checkpoints=keep_checkpoints)
     except (UserError, StageError) as error:
         details, lost = getattr(error, "details", ""), getattr(error, "lost", False)
         return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError), lost=lost)

@@ -24,7 +24,13 @@ from linearsr_platform.train.outcome import TrainOutcome
 
 
 def fit(
-    job: TrainJob, cluster: ClusterConfig, *, storage_url: str, board: ProgressBoard, cpus_per_worker: float | None = None
+    job: TrainJob,
+    cluster: ClusterConfig,
+    *,
+    storage_url: str,
+    board: ProgressBoard,
+    cpus_per_worker: float | None = None,
+    keep_checkpoints: bool = False,
 ) -> TrainOutcome:
     """Train a job on the cluster and return its outcome; a finished job returns it at once, an interrupted one resumes.
 
@@ -33,9 +39,10 @@ def fit(
     Args:
         job: what to do.
         cluster: how much each worker gets.
-        storage_url: folder for the checkpoints of jobs; they go when the job is finished.
+        storage_url: folder for the checkpoints of jobs.
         board: told about progress.
         cpus_per_worker: instead of `cluster.cpus_per_worker`.
+        keep_checkpoints: whether they stay when the job is finished.
 
     Raises:
         TrainerFailed: if it fails for good.
@@ -58,7 +65,8 @@ def fit(
         outcome = finished_outcome(job)
     if outcome is None:
         raise TrainerFailed(f"{job.name}: ended, but there is no outcome in {job.output_url}")
-    storage.remove(url)
+    if not keep_checkpoints:
+        storage.remove(url)
     return outcome
 
 

@@ -16,7 +16,8 @@ from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, TrainingGauges
-from linearsr_platform.data.reader import CropReader, Lanes, caption_of, lanes_of, read_images
+from linearsr_platform.cluster.rehearsal import RehearsedBatches
+from linearsr_platform.data.reader import CropReader, Lanes, Trace, caption_of, lanes_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, Task
@@ -62,7 +63,11 @@ def _train(job: TrainJob, board: ProgressBoard, checkpoints: str) -> None:
     job = replace(job, train=job.train.on_workers(context.get_world_size()))
     task = job.build_task()
     place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
-    batches = LateReader(lambda states: crop_reader(job, task, **place, lanes=None if states is None else lanes_of(states)))
+
+    def source(trace: Trace | None) -> LateReader:
+        return LateReader(lambda states: crop_reader(job, task, **place, lanes=None if states is None else lanes_of(states), trace=trace))
+
+    batches = source(None) if job.rehearsal is None else RehearsedBatches(source, job.rehearsal, **place, checkpoints=checkpoints)
     validation = validation_batches(task, job.validation, job.validation_shards)
     engine = DeepSpeedEngine(task, job.train, seed=job.seed, init_weights=job.init_weights)
     gauges = TrainingGauges(run=context.get_experiment_name(), job=job.name, rank=context.get_world_rank())
@@ -110,7 +115,9 @@ class LateReader:
         return self._reader
 
 
-def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int, lanes: Lanes | None = None) -> CropReader:
+def crop_reader(
+    job: TrainJob, task: Task, *, rank: int, world_size: int, lanes: Lanes | None = None, trace: Trace | None = None
+) -> CropReader:
     """Return the micro-batches of one of a job's workers.
 
     Args:
@@ -119,6 +126,7 @@ def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int, lanes:
         rank: the worker's number.
         world_size: workers that there are now; with the accumulation they divide the job's batch.
         lanes: of the run that is resumed, from `lanes_of` of its workers' reader states; None where it starts.
+        trace: told of every crop.
     """
     train = job.train
     return CropReader(
@@ -133,6 +141,7 @@ def crop_reader(job: TrainJob, task: Task, *, rank: int, world_size: int, lanes:
         lanes=lanes,
         workers=train.loader_workers,
         cache=job.cache,
+        trace=trace,
     )
 
 

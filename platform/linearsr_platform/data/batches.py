@@ -1,7 +1,7 @@
 """Crops become examples, and examples one batch, each written to its place at once. Imports no torch."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from linearsr_platform.data.jpeg import JpegDecoder
 from linearsr_platform.data.lanes import Crop
-from linearsr_platform.data.samples import LATENT, caption_of
 
 Example = Mapping[str, NDArray[np.generic]]
 Arrays = dict[str, NDArray[np.generic]]
 Transform = Callable[..., dict[str, NDArray[np.generic]]]
 """Makes one training example of an image (H, W, 3), what `caption_of` gives and a source of randomness; where the sample has a latent,
-it is the fourth argument."""
+it is the fourth argument. Several crops share these, so it changes none of them."""
 
 ALIGN_BYTES = 64
 KEPT_BATCHES = 4
@@ -24,7 +23,7 @@ KEPT_BATCHES = 4
 
 
 class CropMaker:
-    """Makes the examples of crops; an image is decoded once for all its crops in a block."""
+    """Makes the examples of crops; a sample is opened once for all its crops in a block."""
 
     def __init__(self, transform: Transform, seed: int) -> None:
         """Make examples with `transform`, whose randomness begins with `seed`."""
@@ -37,15 +36,12 @@ class CropMaker:
         Raises:
             StageError: if its image is broken.
         """
-        known = crop.block.pixels
-        pixels = known.pop(crop.image, None)
-        if pixels is None:
-            pixels = crop.sample.decode(self._decoder)
+        known = crop.block.opened
+        opened = known.pop(crop.image, None) or crop.sample.open(self._decoder)
         if not crop.last:
-            known[crop.image] = pixels
-        meta = crop.sample.meta
-        latent = (meta[LATENT],) if LATENT in meta else ()
-        return self._transform(pixels, caption_of(meta), crop.generator(self._seed), *latent)
+            known[crop.image] = opened
+        latent = () if opened.latent is None else (opened.latent,)
+        return self._transform(opened.pixels, opened.caption, crop.generator(self._seed), *latent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +71,8 @@ class BatchLayout:
         found = {}
         for (name, kind, shape), offset in zip(self.fields, self._offsets(), strict=False):
             whole = (self.batch_size, *shape)
-            count = int(np.prod(whole, dtype=np.int64))
-            start = slot * self.slot_bytes + offset
-            found[name] = np.frombuffer(buffer, dtype=kind, count=count, offset=start).reshape(whole)
+            # Not `frombuffer` and `reshape`: parts of what comes out then would refer to what goes in, and nobody could see their use.
+            found[name] = np.ndarray(whole, kind, buffer, slot * self.slot_bytes + offset)
         return found
 
     def _offsets(self) -> Sequence[int]:
@@ -106,6 +101,24 @@ class BatchMemory:
         arrays = layout.allocate()
         self._known = [arrays, *self._known[: KEPT_BATCHES - 1]]
         return dict(arrays)
+
+
+class BatchRing:
+    """Batches in a buffer that others fill; they are handed out where they lie."""
+
+    def __init__(self, buffer: memoryview, layout: BatchLayout, slots: int) -> None:
+        """Look at a buffer as `slots` batches."""
+        self._views = [layout.views(buffer, slot) for slot in range(slots)]
+        self._free = _references({"": np.empty(0)})
+
+    def batch(self, slot: int) -> Arrays:
+        """Return the arrays of a slot; as long as somebody refers to one of them the slot is not free."""
+        return dict(self._views[slot])
+
+    def free(self, taken: Container[int]) -> int | None:
+        """Return a slot that is not among those `taken` and that nobody refers to; None if there is none."""
+        slots = (slot for slot, arrays in enumerate(self._views) if slot not in taken and _references(arrays) == self._free)
+        return next(slots, None)
 
 
 def _references(arrays: Arrays) -> int:

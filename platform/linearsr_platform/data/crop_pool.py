@@ -10,19 +10,22 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from linearsr_platform.data.batches import Arrays, BatchMemory, Transform
+from linearsr_platform.data.batches import Arrays, BatchMemory, BatchRing, Transform
 from linearsr_platform.data.crop_worker import FAILED, JUMP, MAKE, WorkerSpec
 from linearsr_platform.data.sequence import State
 from linearsr_platform.errors import StageError, UserError
 
-SLOTS = 4
+AHEAD = 4
 """Batches made ahead. Images fall to workers by chance, so one may have most of a batch to make."""
+SPARE = 2
+"""Batches that the reader's user may hold without a copy of them: one in use, and one that has just come."""
 END_S = 5.0
 """Time a worker has to end by itself; in the middle of a crop it does not listen."""
 
@@ -49,11 +52,12 @@ class CropPool:
         """
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
-        self._layout, self._slots, self._memory = spec.layout, spec.slots, BatchMemory()
+        self._layout, self._memory = spec.layout, BatchMemory()
         memory = os.memfd_create("linearsr-batches", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, spec.slots * spec.layout.slot_bytes)
-            self._buffer = mmap.mmap(memory, spec.slots * spec.layout.slot_bytes)
+            buffer = memoryview(mmap.mmap(memory, spec.slots * spec.layout.slot_bytes))
+            self._ring = BatchRing(buffer, spec.layout, spec.slots)
             with ExitStack() as stack:
                 # Should one not start, those before it must not stay.
                 stack.callback(self.close)
@@ -62,29 +66,31 @@ class CropPool:
                 stack.pop_all()
         finally:
             os.close(memory)
-        self._asked = self._next = 0
+        self._asked: deque[int] = deque()
         self._jump(state)
 
     def next_batch(self) -> Arrays:
-        """Return the next batch as arrays of its own, and ask for another.
+        """Return the next batch as arrays that nobody writes into while they are referred to, and ask for another.
 
         Raises:
             StageError: if a worker failed or was killed; the pool is closed then.
         """
         self._await_all()
-        views = self._layout.views(memoryview(self._buffer), self._next % self._slots)
-        batch = self._memory.take(self._layout)
-        for name, view in views.items():
-            batch[name][...] = view
-        self._next += 1
-        self._ask()
+        slot = self._asked.popleft()
+        batch, free = self._ring.batch(slot), self._ring.free({slot, *self._asked})
+        if free is None:
+            copy = self._memory.take(self._layout)
+            for name, array in batch.items():
+                copy[name][...] = array
+            batch, free = copy, slot
+        self._ask(free)
         return batch
 
     def jump(self, state: State) -> None:
         """Go on from another state; what was made ahead is thrown away."""
-        while self._next < self._asked:
+        while self._asked:
             self._await_all()
-            self._next += 1
+            self._asked.popleft()
         self._jump(state)
 
     def close(self) -> None:
@@ -118,14 +124,16 @@ class CropPool:
     def _jump(self, state: State) -> None:
         for number in range(len(self._links)):
             self._tell(number, (JUMP, [state]))
-        for _ in range(self._slots):
-            self._ask()
+        for _ in range(AHEAD):
+            free = self._ring.free(self._asked)
+            assert free is not None  # noqa: S101 (`next_batch` hands none out that leaves fewer)
+            self._ask(free)
 
-    def _ask(self) -> None:
+    def _ask(self, slot: int) -> None:
         """Let all workers make the next batch."""
         for number in range(len(self._links)):
-            self._tell(number, (MAKE, self._asked % self._slots))
-        self._asked += 1
+            self._tell(number, (MAKE, slot))
+        self._asked.append(slot)
 
     def _tell(self, number: int, message: Any) -> None:
         try:

@@ -13,7 +13,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from traceback import format_exception
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from linearsr_platform import storage
 from linearsr_platform.data.batches import BatchLayout, CropMaker, place
@@ -22,7 +22,10 @@ from linearsr_platform.data.lanes import Crop, CropPlan
 from linearsr_platform.data.sequence import CropSequence
 from linearsr_platform.data.shard_files import ShardFiles
 from linearsr_platform.errors import StageError, UserError
-from linearsr_platform.recipe.data_schema import ShardCacheConfig
+
+if TYPE_CHECKING:
+    # A worker has no other use for pydantic, which takes a quarter of its start.
+    from linearsr_platform.recipe.data_schema import ShardCacheConfig
 
 LOOK_S = 5.0
 """Time between two looks whether the parent lives, should another process hold its end of the link open."""
@@ -42,7 +45,7 @@ class WorkerSpec:
     plan: CropPlan
     sequence: dict[str, int]
     """Arguments of `CropSequence`."""
-    cache: ShardCacheConfig | None
+    cache: "ShardCacheConfig | None"
     transform: bytes
     """Pickled."""
     layout: BatchLayout
@@ -50,7 +53,7 @@ class WorkerSpec:
     """Batches in shared memory."""
 
 
-def make_files(cache: ShardCacheConfig | None) -> ShardFiles:
+def make_files(cache: "ShardCacheConfig | None") -> ShardFiles:
     """Return what opens shards, through a cache if there is one."""
     if cache is None:
         return ShardFiles()

@@ -39,7 +39,7 @@ class Decoded:
     """Whether the file is a JPEG that decodes to these very pixels, without rotation, halving or a change of colours."""
 
 
-def decode_image(content: bytes, *, halve_jpeg: bool = False) -> Decoded:
+def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> Decoded:
     """Decode an image file to upright 8-bit RGB; what is transparent becomes white.
 
     Args:

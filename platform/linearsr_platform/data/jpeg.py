@@ -34,7 +34,7 @@ class JpegHeader:
     """Whether there are Exif data, which may ask for a rotation."""
 
 
-def jpeg_header(content: bytes) -> JpegHeader:
+def jpeg_header(content: bytes | memoryview) -> JpegHeader:
     """Read size and kind of a JPEG without decoding it.
 
     Raises:
@@ -73,13 +73,17 @@ class JpegDecoder:
         """Who decodes: `simplejpeg` or `pillow`."""
         return "pillow" if self._simple is None else "simplejpeg"
 
-    def decode(self, content: bytes) -> Pixels:
+    def decode(self, content: bytes | memoryview, header: JpegHeader | None = None) -> Pixels:
         """Decode to upright, read-only pixels (H, W, 3).
+
+        Args:
+            content: the bytes of the file.
+            header: theirs, if it is known already.
 
         Raises:
             BadImageError: if the file is broken or cut off.
         """
-        header = jpeg_header(content)
+        header = header or jpeg_header(content)
         # Pillow knows what a rotation is, and what to do with CMYK.
         if self._simple is None or header.exif or header.components not in (1, 3) or header.bits != 8:
             return decode_image(content).pixels

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from linearsr_platform.data.images import Pixels
-from linearsr_platform.data.samples import RawSample
+from linearsr_platform.data.samples import OpenedSample, RawSample
 from linearsr_platform.data.shard_files import ShardFiles
 from linearsr_platform.errors import StageError, UserError
 
@@ -104,13 +103,13 @@ class Block:
 
     images: list[tuple[int, RawSample]]
     """Epoch and sample."""
-    order: NDArray[np.int64]
+    order: list[int]
     """Numbers of crops in the order they are given out; `crops_per_image` belong to each image."""
     end: Cursor
     """Where the next block starts."""
     ahead: Counter[tuple[str, int]]
     """Crops still to come, by image; on small data a block holds an image once an epoch."""
-    pixels: dict[tuple[str, int], Pixels] = field(default_factory=dict)
+    opened: dict[tuple[str, int], OpenedSample] = field(default_factory=dict)
     """Images decoded so far that are still needed."""
 
 
@@ -163,7 +162,7 @@ class Lane:
         for _ in range(count):
             crop = self._next()
             if crop.last:
-                crop.block.pixels.pop(crop.image, None)
+                crop.block.opened.pop(crop.image, None)
 
     def _next(self) -> Crop:
         block = self._block or self._next_block()
@@ -171,7 +170,7 @@ class Lane:
             self._start, self._offset = block.end, 0
             block = self._next_block()
         self._block = block
-        image, draw = divmod(int(block.order[self._offset]), self._plan.crops_per_image)
+        image, draw = divmod(block.order[self._offset], self._plan.crops_per_image)
         epoch, sample = block.images[image]
         self._offset += 1
         key = (sample.url, sample.number)
@@ -187,13 +186,15 @@ class Lane:
             room_bytes -= found[-1][1].decoded_bytes
         last, start, crops = found[-1][0], self._start, self._plan.crops_per_image
         rng = generator(self._plan.seed, self._number, self._plan.lanes.count, start.epoch, start.shard, start.sample)
-        order = rng.permutation(len(found) * crops)
+        order = rng.permutation(len(found) * crops).tolist()
         images = [(place.epoch, sample) for place, sample in found]
-        ahead = Counter((sample.url, sample.number) for _, sample in images for _ in range(crops))
+        ahead: Counter[tuple[str, int]] = Counter()
+        for _, sample in images:
+            ahead[sample.url, sample.number] += crops
         block = Block(images, order, Cursor(last.epoch, last.shard, last.sample + 1), ahead)
         # A restored lane stands inside a block.
         for crop in order[: self._offset]:
-            _, sample = images[int(crop) // crops]
+            _, sample = images[crop // crops]
             ahead[sample.url, sample.number] -= 1
         return block
 
@@ -233,4 +234,9 @@ def _number(text: str) -> int:
 
 def generator(*entropy: int) -> np.random.Generator:
     """Return a generator that depends on the numbers given, in their order; negative ones are taken modulo 2^64."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([number % 2**64 for number in entropy])))
+    # A list of numbers would give the same one: numpy cuts it into these words too, but takes three times as long.
+    words: list[int] = []
+    for number in entropy:
+        low, high = number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF
+        words += [low, high] if high else [low]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(np.array(words, np.uint32))))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from fsspec import AbstractFileSystem
 from pydantic import TypeAdapter, ValidationError
 
 from linearsr.config import TextSource
@@ -157,8 +158,7 @@ def verify_shards(manifest: Manifest, url: str, splits: Iterable[str] | None = N
     shards = [(storage.join(url, shard.url), shard) for name in names for shard in manifest.splits[name].shards]
     for path, shard in shards:
         try:
-            fs, inner = storage.filesystem(path)
-            size = fs.size(inner)
+            size, _ = storage.size_and_version(path)
         except FileNotFoundError as error:
             raise StageError(_broken(path, "no such file", f"{shard.bytes} bytes")) from error
         if size != shard.bytes:
@@ -171,8 +171,11 @@ def verify_shards(manifest: Manifest, url: str, splits: Iterable[str] | None = N
 
 def file_hash(url: str) -> str:
     """Return the sha256 of a file, read in pieces."""
+    return storage.call(url, _hash)
+
+
+def _hash(fs: AbstractFileSystem, path: str) -> str:
     digest = hashlib.sha256()
-    fs, path = storage.filesystem(url)
     with fs.open(path, "rb") as stream:
         while piece := stream.read(CHUNK_BYTES):
             digest.update(piece)

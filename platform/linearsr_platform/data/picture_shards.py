@@ -18,7 +18,7 @@ def read_members(url: str) -> Iterator[tuple[str, Members]]:
         StageError: if the shard is missing, cut off or no tar; the message names it.
     """
     for shard, entry in read_entries(url):
-        yield entry.key, {name: shard.read(entry, name) for name in entry.members}
+        yield entry.key, {name: bytes(shard.view(entry, name)) for name in entry.members}
 
 
 def write_members(url: str, samples: Iterable[tuple[str, Members]]) -> int:

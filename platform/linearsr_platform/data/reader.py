@@ -1,16 +1,16 @@
 """Read shards back: all images at once, or an endless, resumable stream of batches of training crops."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from linearsr_platform import storage
 from linearsr_platform.data.batches import Arrays, BatchLayout, BatchMemory, CropMaker, Transform, place
-from linearsr_platform.data.crop_pool import SLOTS, CropPool, pickled
+from linearsr_platform.data.crop_pool import AHEAD, SPARE, CropPool, pickled
 from linearsr_platform.data.crop_worker import WorkerSpec, make_files
-from linearsr_platform.data.lanes import CropPlan, Lanes, lanes_of
+from linearsr_platform.data.lanes import Crop, CropPlan, Lanes, lanes_of
 from linearsr_platform.data.samples import RawSample, caption_of, read_images, read_shard
 from linearsr_platform.data.sequence import CropSequence, State
 from linearsr_platform.errors import UserError
@@ -86,19 +86,8 @@ class CropReader:
         Raises:
             StageError: if a shard or sample is broken, or a loader worker died.
         """
-        if self._workers and self._pool is None:
-            self._pool = self._start_pool()
         crops = self._sequence.next_batch()
-        arrays: Arrays = {}
-        if self._pool is not None:
-            arrays = self._pool.next_batch()
-        else:
-            for position, crop in enumerate(crops):
-                example = self._maker.make(crop)
-                if self._layout is None:
-                    self._layout = BatchLayout.of(example, len(crops))
-                arrays = arrays or self._memory.take(self._layout)
-                place(arrays, position, example, crop)
+        arrays = self._make(crops) if self._pool is None else self._pool.next_batch()
         if self._trace is not None:
             for crop in crops:
                 self._trace(crop.sample.key, crop.epoch, crop.draw)
@@ -133,11 +122,21 @@ class CropReader:
         """Ids of the worker processes; none before the first batch."""
         return [] if self._pool is None else self._pool.process_ids
 
-    def _start_pool(self) -> CropPool:
-        """Start the worker processes where this reader stands."""
-        state: Mapping[str, Any] = self._sequence.state()
-        first = CropSequence(self._plan, self._files, **self._where)
-        first.restore(state)
+    def _make(self, crops: Sequence[Crop]) -> Arrays:
+        """Make a batch here. If there are workers, it is the first one, and they start meanwhile."""
+        arrays: Arrays = {}
+        for position, crop in enumerate(crops):
+            example = self._maker.make(crop)
+            if self._layout is None:
+                self._layout = BatchLayout.of(example, len(crops))
+            if self._workers and self._pool is None:
+                self._pool = self._start_pool(self._layout)
+            arrays = arrays or self._memory.take(self._layout)
+            place(arrays, position, example, crop)
+        return arrays
+
+    def _start_pool(self, layout: BatchLayout) -> CropPool:
+        """Start the worker processes at the next batch."""
         spec = WorkerSpec(
             parent=0,
             number=0,
@@ -146,10 +145,10 @@ class CropReader:
             sequence=self._where,
             cache=self._cache,
             transform=self._sent,
-            layout=BatchLayout.of(self._maker.make(first.next_batch()[0]), self._where["batch_size"]),
-            slots=SLOTS,
+            layout=layout,
+            slots=AHEAD + SPARE,
         )
-        return CropPool(spec, state)
+        return CropPool(spec, self._sequence.state())
 
 
 def _refuse_private(shard_urls: Sequence[str], workers: int) -> None:

@@ -1,6 +1,7 @@
 """What an interrupted `prepare` had finished: a small JSON file for each piece of work, written after it, removed at the end."""
 
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linearsr_platform import storage
@@ -25,6 +26,15 @@ def read_records(folder: str, kind: str) -> dict[str, Any]:
     if not files:
         return {}
     fs, _ = storage.filesystem(folder)
-    paths = {storage.filesystem(file)[1]: storage.name_of(file).removesuffix(".json") for file in files}
-    contents = fs.cat(list(paths), on_error="omit")
-    return {paths[path]: json.loads(content) for path, content in contents.items()}
+    urls = {storage.filesystem(file)[1]: file for file in files}
+    found: dict[str, bytes | Exception] = fs.cat(list(urls), on_error="return")
+    return {storage.name_of(url).removesuffix(".json"): json.loads(content) for url, content in _whole(urls, found)}
+
+
+def _whole(urls: Mapping[str, str], found: Mapping[str, bytes | Exception]) -> Iterator[tuple[str, bytes]]:
+    """Yield URL and content of each file; those that a store failed to give are read again, one by one."""
+    for path, content in found.items():
+        if isinstance(content, bytes):
+            yield urls[path], content
+        elif not isinstance(content, FileNotFoundError):
+            yield urls[path], storage.read_bytes(urls[path])

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from linearsr.pictures import DECODING_ERRORS
 from linearsr.tags import Caption
 from linearsr_platform import storage
 from linearsr_platform.data.images import BadImageError, Pixels, decode_image
-from linearsr_platform.data.jpeg import JpegDecoder, jpeg_header
+from linearsr_platform.data.jpeg import JpegDecoder, JpegHeader, jpeg_header
 from linearsr_platform.data.shard_files import Shard, read_entries
 from linearsr_platform.data.tar_index import Entry
 from linearsr_platform.errors import StageError
@@ -28,13 +30,14 @@ PICTURES = ("png", *JPEG, "webp")
 class RawSample:
     """A sample as it lies in a shard, not decoded."""
 
-    __slots__ = ("_entry", "_facts", "_shard", "number")
+    __slots__ = ("_entry", "_facts", "_header", "_shard", "number")
 
     def __init__(self, shard: Shard, number: int) -> None:
         """Stand for the sample `number` of a shard; nothing is read yet."""
         self._shard = shard
         self._entry: Entry = shard.entries[number]
         self._facts: dict[str, object] | None = None
+        self._header: JpegHeader | None = None
         self.number = number
         """Position in its shard."""
 
@@ -67,11 +70,11 @@ class RawSample:
 
     @property
     def meta(self) -> dict[str, object]:
-        """What `KEY.json` says, and its arrays by name."""
+        """What `KEY.json` says, and its arrays by name; made anew at each call."""
         arrays: dict[str, object] = {}
         for name in ARRAYS:
             if f"{name}.npy" in self._entry.members:
-                arrays[name] = np.load(BytesIO(self.read(f"{name}.npy")), allow_pickle=False)
+                arrays[name] = np.load(BytesIO(self.view(f"{name}.npy")), allow_pickle=False)
         return {**self.facts, **arrays}
 
     @property
@@ -88,9 +91,9 @@ class RawSample:
         name = self.picture_name
         try:
             if name in JPEG:
-                header = jpeg_header(self.read(name))
+                self._header = header = jpeg_header(self.view(name))
                 return header.width_px, header.height_px
-            with Image.open(BytesIO(self.read(name))) as image:
+            with Image.open(BytesIO(self.view(name))) as image:
                 return image.size
         except (*DECODING_ERRORS, BadImageError) as error:
             raise self.error(str(error)) from error
@@ -109,7 +112,11 @@ class RawSample:
 
     def read(self, member: str) -> bytes:
         """Return one member's content as it is in the shard."""
-        return self._shard.read(self._entry, member)
+        return bytes(self.view(member))
+
+    def view(self, member: str) -> memoryview:
+        """Return one member's content where it lies, uncopied; good as long as somebody has this sample."""
+        return self._shard.view(self._entry, member)
 
     def decode(self, decoder: JpegDecoder) -> Pixels:
         """Return the pixels that may be used, (H, W, 3), read-only: all of them, or those in `box` of `KEY.json`.
@@ -119,11 +126,25 @@ class RawSample:
         """
         name = self.picture_name
         try:
-            pixels = decoder.decode(self.read(name)) if name in JPEG else decode_image(self.read(name)).pixels
+            pixels = decoder.decode(self.view(name), self._header) if name in JPEG else decode_image(self.view(name)).pixels
         except BadImageError as error:
             raise self.error(str(error)) from error
         box = self.facts.get("box")
         return pixels if box is None or "width_px" not in self.facts else self._part(pixels, box)
+
+    def open(self, decoder: JpegDecoder) -> "OpenedSample":
+        """Decode everything that an example may be made of, read-only.
+
+        Raises:
+            StageError: if its picture or its JSON is broken.
+        """
+        meta = self.meta
+        for name in ARRAYS:
+            array = meta.get(name)
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+        latent = meta.get(LATENT)
+        return OpenedSample(self.decode(decoder), caption_of(meta), latent if isinstance(latent, np.ndarray) else None)
 
     def error(self, what: str) -> StageError:
         """Return the error that says what is wrong with this sample."""
@@ -138,6 +159,16 @@ class RawSample:
             if 0 <= left < right <= width_px and 0 <= top < bottom <= height_px:
                 return pixels[top:bottom, left:right]
         raise self.error(f"box: got {box} in a picture of {width_px} x {height_px} px; expected [left, top, right, bottom] inside it")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSample:
+    """What examples of a sample are made of; several crops share it, so nobody may change it."""
+
+    pixels: Pixels
+    """(H, W, 3)."""
+    caption: list[str] | Caption
+    latent: NDArray[np.generic] | None
 
 
 def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:

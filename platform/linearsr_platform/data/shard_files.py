@@ -28,9 +28,9 @@ class Shard:
         """Its samples, in their order."""
         return self._index.entries
 
-    def read(self, entry: Entry, member: str) -> bytes:
-        """Return the content of one of a sample's members."""
-        return self._index.read(entry.members[member])
+    def view(self, entry: Entry, member: str) -> memoryview:
+        """Return the content of one of a sample's members, uncopied; good as long as somebody has this shard."""
+        return self._index.view(entry.members[member])
 
 
 class ShardFiles:

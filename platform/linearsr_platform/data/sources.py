@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fsspec import AbstractFileSystem
+
 from linearsr_platform import storage
 from linearsr_platform.data.executor import Choose, OnProgress, alone
 from linearsr_platform.data.images import SUFFIXES
@@ -139,24 +141,29 @@ def list_source(name: str, source: SourceConfig) -> dict[str, Found]:
     """
     key = f"data.sources.{name}.url"
     url = _package_folder(key, source.url) if source.url.startswith(PACKAGE_SCHEME) else source.url
-    fs, path = storage.filesystem(url)
     try:
-        if fs.isdir(path):
-            root, infos = path.rstrip("/"), fs.find(path, detail=True)
-        elif fs.isfile(path):
-            root, infos = path.rpartition("/")[0], {path: fs.info(path)}
-        else:
-            root = _root_of_glob(path)
-            images = fs.glob(path)
-            stems = {image.rpartition(".")[0] for image in images}
-            below = fs.find(root, detail=True) if images else {}
-            chosen = {*images, *(side for side in below if side.endswith(MEMBER_LABELS[:2]) and side.rpartition(".")[0] in stems)}
-            infos = {file: info for file, info in below.items() if file in chosen}
+        found = storage.call(url, _listing)
     except OSError as error:
         raise UserError(f"{key}: got {source.url!r}; expected something readable: {error}") from error
-    if not infos:
+    if not found:
         where = storage.absolute(url)
         raise UserError(f"{key}: got {source.url!r}, but there is no file at {where}; expected a folder, a glob or an fsspec URL")
+    return found
+
+
+def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
+    """List the files of a folder, one file, or those of a glob with the side files beside them."""
+    if fs.isdir(path):
+        root, infos = path.rstrip("/"), fs.find(path, detail=True)
+    elif fs.isfile(path):
+        root, infos = path.rpartition("/")[0], {path: fs.info(path)}
+    else:
+        root = _root_of_glob(path)
+        images = fs.glob(path)
+        stems = {image.rpartition(".")[0] for image in images}
+        below = fs.find(root, detail=True) if images else {}
+        chosen = {*images, *(side for side in below if side.endswith(MEMBER_LABELS[:2]) and side.rpartition(".")[0] in stems)}
+        infos = {file: info for file, info in below.items() if file in chosen}
     return {file[len(root) :].lstrip("/"): _found(str(fs.unstrip_protocol(file)), info) for file, info in infos.items()}
 
 

@@ -62,12 +62,13 @@ class TarIndex:
                     self._content = unpack(self._content[:])
                 except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                     raise BadTarError(f"cannot be unpacked: {error}") from error
+        self._view = memoryview(self._content)
         self.entries = list(_grouped(_members(self._content)))
 
-    def read(self, place: Place) -> bytes:
-        """Return the content of a member."""
+    def view(self, place: Place) -> memoryview:
+        """Return the content of a member where it lies, uncopied; it keeps the file mapped."""
         offset, size = place
-        return self._content[offset : offset + size]
+        return self._view[offset : offset + size]
 
 
 def _grouped(members: Iterator[tuple[str, Place]]) -> Iterator[Entry]:

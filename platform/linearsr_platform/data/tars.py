@@ -4,6 +4,8 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fsspec import AbstractFileSystem
+
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 
@@ -35,23 +37,8 @@ def index_tar(url: str, wanted: Callable[[str], bool]) -> list[Member]:
     Raises:
         UserError: if it is no such tar, or is cut off.
     """
-    fs, path = storage.filesystem(url)
     try:
-        size = int(fs.size(path))
-        with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            members = []
-            for info in tar:
-                if not info.isfile():
-                    continue
-                # Headers alone do not show that the last member is cut off.
-                if info.offset_data + info.size > size:
-                    raise EOFError(f"member {info.name} reaches {info.offset_data + info.size - size} bytes past the end")
-                file = tar.extractfile(info) if wanted(info.name) else None
-                content = None if file is None else file.read()
-                members.append(Member(info.name, info.offset_data, info.size, content))
-                # tarfile keeps every header it has seen; of a million members that is a gigabyte.
-                tar.members.clear()  # type: ignore[attr-defined]
-            return members
+        return storage.call(url, lambda fs, path: _members(fs, path, wanted))
     except (EOFError, tarfile.TarError, FileNotFoundError) as error:
         raise UserError(f"{url}: got a tar that cannot be read: {error}; expected an uncompressed WebDataset tar") from error
 
@@ -62,5 +49,23 @@ def read_part(url: str, offset: int, size: int) -> bytes:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    fs, path = storage.filesystem(url)
-    return bytes(fs.cat_file(path, start=offset, end=offset + size))
+    return storage.call(url, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
+
+
+def _members(fs: AbstractFileSystem, path: str, wanted: Callable[[str], bool]) -> list[Member]:
+    """Go through a tar once."""
+    members = []
+    size = int(fs.size(path))
+    with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for info in tar:
+            if not info.isfile():
+                continue
+            # Headers alone do not show that the last member is cut off.
+            if info.offset_data + info.size > size:
+                raise EOFError(f"member {info.name} reaches {info.offset_data + info.size - size} bytes past the end")
+            file = tar.extractfile(info) if wanted(info.name) else None
+            content = None if file is None else file.read()
+            members.append(Member(info.name, info.offset_data, info.size, content))
+            # tarfile keeps every header it has seen; of a million members that is a gigabyte.
+            tar.members.clear()  # type: ignore[attr-defined]
+    return members

@@ -1,12 +1,13 @@
 """Cut photographs into samples and write them as shards, each shard a piece of work that can be done anywhere, and is done once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
 from typing import Any
 
 import numpy as np
+from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from linearsr_platform import storage
@@ -162,11 +163,14 @@ def clear(output_url: str, splits: Mapping[str, SplitInfo]) -> None:
         if not info.shards:
             storage.remove(folder)
             continue
-        fs, path = storage.filesystem(folder)
-        names = {storage.name_of(shard.url) for shard in info.shards}
-        for file in fs.find(path):
-            if storage.name_of(file) not in names:
-                fs.rm_file(file)
+        storage.call(folder, partial(_remove_others, names={storage.name_of(shard.url) for shard in info.shards}))
+
+
+def _remove_others(fs: AbstractFileSystem, path: str, *, names: Container[str]) -> None:
+    """Delete the files of a folder that have none of some names."""
+    for file in fs.find(path):
+        if storage.name_of(file) not in names:
+            fs.rm_file(file)
 
 
 def _identity(cut: Cut) -> list[object]:
@@ -184,8 +188,8 @@ def _finished(plan: Plan, records: Mapping[str, Any], output_url: str) -> ShardI
     if record is None or record["digest"] != plan.digest:
         return None
     info = ShardInfo(**record["shard"])
-    fs, path = storage.filesystem(storage.join(output_url, info.url))
     try:
-        return info if fs.size(path) == info.bytes else None
+        size, _ = storage.size_and_version(storage.join(output_url, info.url))
     except FileNotFoundError:
         return None
+    return info if size == info.bytes else None

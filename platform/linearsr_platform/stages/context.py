@@ -95,18 +95,14 @@ class StageOutput:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class RunContext:
-    """Everything a stage may use."""
+@dataclass(kw_only=True)
+class RecipeContext:
+    """What is needed to work on a recipe's data and to describe its trainers; nothing of it is tracked."""
 
     loaded: LoadedRecipe
     storage_url: str
     """Absolute root of storage; runs of all recipes live under it."""
-    tracker: Tracker
-    pipeline_run: TrackedRun
     display: Display
-    user: str
-    """Who runs this; goes into the history of promotions."""
     open_cluster: Callable[[], None]
     """Starts or joins the Ray cluster at the first call; later calls do nothing."""
     results: dict[str, StageResult] = field(default_factory=dict)
@@ -134,6 +130,16 @@ class RunContext:
     def run_url(self) -> str:
         """Folder of everything runs of this recipe's name write."""
         return storage.join(self.storage_url, self.recipe.name)
+
+
+@dataclass(kw_only=True)
+class RunContext(RecipeContext):
+    """Everything a stage may use."""
+
+    tracker: Tracker
+    pipeline_run: TrackedRun
+    user: str
+    """Who runs this; goes into the history of promotions."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import ShardCacheConfig
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.knee_plot import plot_knee
-from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.context import RecipeContext, RunContext
 from linearsr_platform.stages.kept_weights import Policy, kept_weights
 from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -32,7 +32,7 @@ from linearsr_platform.train.outcome import TrainOutcome
 TASK = "linearsr.task:SuperResolutionTask"
 
 
-def model_config(context: RunContext) -> ModelConfig:
+def model_config(context: RecipeContext) -> ModelConfig:
     """Return the network's config: the recipe's model section, with the data's tags."""
     model = context.recipe.model
     return ModelConfig(
@@ -51,19 +51,19 @@ def model_config(context: RunContext) -> ModelConfig:
     )
 
 
-def codec_of(context: RunContext) -> CodecConfig:
+def codec_of(context: RecipeContext) -> CodecConfig:
     """Return the recipe's codec; see `RunContext.codec`."""
     return context.codec
 
 
-def statistics_of(context: RunContext) -> LatentStatistics:
+def statistics_of(context: RecipeContext) -> LatentStatistics:
     """Return the latent statistics that `pretrain` measured."""
     value = context.results["pretrain"].data["statistics"]
     return LatentStatistics(**{name: tuple(numbers) for name, numbers in value.items()})
 
 
 def make_job(
-    context: RunContext,
+    context: RecipeContext,
     *,
     name: str,
     url: str,
@@ -106,7 +106,7 @@ def make_job(
     )
 
 
-def shard_cache(context: RunContext, split: str) -> ShardCacheConfig | None:
+def shard_cache(context: RecipeContext, split: str) -> ShardCacheConfig | None:
     """Return where workers keep copies of a split's shards, with their hashes; None where the shards are local."""
     data, prepared = context.recipe.data, context.results["prepare"].url
     if storage.is_local(prepared):
@@ -131,7 +131,7 @@ def run_jobs(
 
     def on_poll(events: Iterable[Event]) -> None:
         for event in events:
-            _show(context, event, by_name[event.source].train)
+            show_event(context, event, by_name[event.source].train)
             prefix = "validation/" if event.kind == "validation" else "train/"
             if event.kind in ("validation", "metrics"):
                 runs[event.source].log_metrics(event.step, {prefix + name: value for name, value in event.values.items()})
@@ -161,11 +161,11 @@ def run_jobs(
             _log_outcome(run, done[name], context.recipe.tracking.artifacts)
         run.finish("FINISHED" if name in done else "FAILED")
     if failed:
-        raise _failure(failed, done)
+        raise trainers_failed(failed, done)
     return done
 
 
-def _show(context: RunContext, event: Event, train: TrainConfig) -> None:
+def show_event(context: RecipeContext, event: Event, train: TrainConfig) -> None:
     """Pass an event on to the user, but for checkpoints: one is complete some steps after it was taken, and changes nothing to see."""
     if event.kind == "message":
         context.display.message(f"{event.source}: {event.detail['text']}")
@@ -173,7 +173,7 @@ def _show(context: RunContext, event: Event, train: TrainConfig) -> None:
         context.display.trainer_event(event.source, event.kind, event.step, event.values, train.max_steps, train.max_seconds, _state(event))
 
 
-def _failure(failed: Mapping[str, TrainerFailure], done: Mapping[str, TrainOutcome]) -> UserError | StageError:
+def trainers_failed(failed: Mapping[str, TrainerFailure], done: Mapping[str, TrainOutcome]) -> UserError | StageError:
     """Return the error that tells which trainers failed and why; tracebacks of workers go into its notes, for `--verbose`."""
     reasons = "; ".join(failure.message for failure in failed.values())
     kept = f"; {', '.join(done)} finished and will not be trained again" if done else ""

@@ -83,7 +83,12 @@ def stage_url(run_url: str, name: str, key: str) -> str:
 def stage_key(context: RunContext, name: str, stage: Stage) -> str:
     """Return the hash that names a stage's result."""
     needs = {need: context.results[need].key for need in stage.needs}
-    return stable_hash({"format": FORMAT, "stage": name, "settings": stage.settings(context), "needs": needs})
+    return key_of(name, stage.settings(context), needs)
+
+
+def key_of(name: str, settings: object, needs: Mapping[str, str]) -> str:
+    """Return the hash that names a stage's result, given its settings as JSON and the keys of the stages it needs."""
+    return stable_hash({"format": FORMAT, "stage": name, "settings": settings, "needs": dict(needs)})
 
 
 def _run_stage(context: RunContext, name: str, stage: Stage, key: str, url: str, records: list[StageRecord]) -> None:

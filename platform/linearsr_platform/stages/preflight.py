@@ -1,5 +1,6 @@
 """What is refused before anything starts: everything that can be known without a worker."""
 
+from collections.abc import Sequence
 from uuid import uuid4
 
 from linearsr.codec_source import check_codec
@@ -18,17 +19,26 @@ def check_before_start(recipe: Recipe) -> None:
         UserError: saying which, and what to do.
         CodecError, DegradationError: the same of the codec, and of OpenCV where the degradation needs it.
     """
+    check_before_training(recipe)
+    if recipe.tracking.uri is not None:
+        check_reachable(recipe.tracking.uri)
+    _check_metrics(recipe.evaluate.metrics, recipe.evaluate.protocol, recipe)
+
+
+def check_before_training(recipe: Recipe) -> None:
+    """Refuse what `check_before_start` refuses, as far as it concerns training without tracking."""
     check_codec(recipe.model.codec)
     check_installed(recipe.degradation)
     check_first_weights(recipe.model.init_weights)
     check_writable(recipe.storage)
-    if recipe.tracking.uri is not None:
-        check_reachable(recipe.tracking.uri)
-    for names, protocol in ((recipe.validation.metrics, "quickstart"), (recipe.evaluate.metrics, recipe.evaluate.protocol)):
-        try:
-            Meter(names, protocol, recipe.validation.weights)
-        except MetricError as error:
-            raise UserError(str(error)) from error
+    _check_metrics(recipe.validation.metrics, "quickstart", recipe)
+
+
+def _check_metrics(names: Sequence[str], protocol: str, recipe: Recipe) -> None:
+    try:
+        Meter(names, protocol, recipe.validation.weights)
+    except MetricError as error:
+        raise UserError(str(error)) from error
 
 
 def check_first_weights(url: str | None) -> None:

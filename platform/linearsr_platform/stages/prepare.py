@@ -13,14 +13,15 @@ from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.sources import list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
-from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.context import RecipeContext, StageOutput
 from linearsr_platform.tracking.runs import TrackedRun
 
+NAME = "prepare"
 MESSAGES = 20
 """Quarantined files that get a line of their own."""
 
 
-def settings(context: RunContext) -> object:
+def settings(context: RecipeContext) -> object:
     """Return the data section, the tables' contents and which files the sources hold now, so new photographs are noticed.
 
     Not the number of workers, although a fresh run has a shard for each at least: a run may go on with others.
@@ -39,8 +40,21 @@ def settings(context: RunContext) -> object:
     return found | ({"tags_lr": True} if context.recipe.model.tags_from_lr else {})
 
 
-def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+def run(context: RecipeContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Write shards and manifest below `url`."""
+    manifest = write_data(context, url)
+    counts = {split: info.samples for split, info in manifest.splits.items()}
+    duplicates = manifest.counts["duplicates"]
+    tracked.log_params({"samples": counts, "quarantined": len(manifest.quarantined), "duplicates": duplicates, "digest": manifest.digest})
+    for refused in manifest.quarantined[:MESSAGES]:
+        context.display.message(f"quarantined {refused.file}: {refused.reason}")
+    if len(manifest.quarantined) > MESSAGES:
+        context.display.message(f"... and {len(manifest.quarantined) - MESSAGES} more, all in {storage.join(url, MANIFEST)}")
+    return StageOutput(_summary(manifest), {"digest": manifest.digest})
+
+
+def write_data(context: RecipeContext, url: str) -> Manifest:
+    """Write shards and manifest below `url`, and refuse too little data for the recipe's workers."""
     config = context.recipe.data
 
     def on_progress(done: int, total: int, what: str) -> None:
@@ -60,17 +74,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         choose=lambda count: _executor(context, count),
     )
     _refuse_too_few(context, manifest)
-    counts = {split: info.samples for split, info in manifest.splits.items()}
-    duplicates = manifest.counts["duplicates"]
-    tracked.log_params({"samples": counts, "quarantined": len(manifest.quarantined), "duplicates": duplicates, "digest": manifest.digest})
-    for refused in manifest.quarantined[:MESSAGES]:
-        context.display.message(f"quarantined {refused.file}: {refused.reason}")
-    if len(manifest.quarantined) > MESSAGES:
-        context.display.message(f"... and {len(manifest.quarantined) - MESSAGES} more, all in {storage.join(url, MANIFEST)}")
-    return StageOutput(_summary(manifest), {"digest": manifest.digest})
+    return manifest
 
 
-def _executor(context: RunContext, count: int) -> Executor:
+def _executor(context: RecipeContext, count: int) -> Executor:
     """Return who works on that many files: Ray's tasks from `data.parallel_from` on."""
     if count < context.recipe.data.parallel_from:
         return SerialExecutor()
@@ -85,7 +92,7 @@ def _summary(manifest: Manifest) -> str:
     return ", ".join([*parts, *(f"{count} {what}" for what, count in others.items() if count)])
 
 
-def text_cache(context: RunContext) -> TextCache | None:
+def text_cache(context: RecipeContext) -> TextCache | None:
     """Return what embeds prompts, loaded; None for a network that learns its own embedding.
 
     Raises:
@@ -113,7 +120,7 @@ def _digest(text: TextEncoderConfig) -> str:
         raise UserError(str(error)) from error
 
 
-def manifest_of(context: RunContext) -> Manifest:
+def manifest_of(context: RecipeContext) -> Manifest:
     """Return the manifest that `prepare` wrote.
 
     Raises:
@@ -128,24 +135,24 @@ def manifest_of(context: RunContext) -> Manifest:
     return manifest
 
 
-def shards_of(context: RunContext, split: str) -> tuple[str, ...]:
+def shards_of(context: RecipeContext, split: str) -> tuple[str, ...]:
     """Return the shard URLs of a split."""
     return manifest_of(context).shard_urls(context.results["prepare"].url, split)
 
 
-def _table(context: RunContext, table: str) -> str:
+def _table(context: RecipeContext, table: str) -> str:
     url = storage.absolute(table, context.loaded.folder)
     if not storage.exists(url):
         raise UserError(f"data.sources: table: got {table!r}; expected a CSV file beside the recipe, looked for {url}")
     return storage.read_text(url)
 
 
-def _most_workers(context: RunContext) -> int:
+def _most_workers(context: RecipeContext) -> int:
     recipe = context.recipe
     return max(recipe.pretrain.workers, recipe.experts.train.workers, recipe.finetune.train.workers)
 
 
-def _refuse_too_few(context: RunContext, manifest: Manifest) -> None:
+def _refuse_too_few(context: RecipeContext, manifest: Manifest) -> None:
     """Refuse before any trainer starts what its readers would refuse."""
     recipe = context.recipe
     needed: dict[str, int] = {"validation": 1, "held-out": 1}

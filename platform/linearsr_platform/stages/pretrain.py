@@ -13,10 +13,11 @@ from linearsr.task import to_pixels
 from linearsr_platform import storage
 from linearsr_platform.data.manifest import verify_shards
 from linearsr_platform.data.reader import read_images
-from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.context import RecipeContext, RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, codec_of, describe, make_job, model_config, run_jobs, statistics_data
 from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
+from linearsr_platform.train.job import TrainJob
 
 STATISTICS_CROPS = 96
 """Training crops that latent statistics are measured on: 96 crops of 128 px hold 1.6 M pixels a channel."""
@@ -24,7 +25,7 @@ STATISTICS_CROPS = 96
 NAME = "pretrain"
 
 
-def settings(context: RunContext) -> object:
+def settings(context: RecipeContext) -> object:
     """Return every section that the trained network depends on, and the hashes of codec and first weights, which have no place in them."""
     recipe = context.recipe
     sections = ("degradation", "augmentation", "model", "validation")
@@ -37,8 +38,14 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Train; the result names the knee's weights and the statistics that normalise latents."""
     verify_shards(manifest_of(context), context.results["prepare"].url)
     statistics = measure(context)
+    outcomes = run_jobs(context, [pretrain_job(context, url, statistics)], url, tracked)
+    return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "statistics": statistics_data(statistics)})
+
+
+def pretrain_job(context: RecipeContext, url: str, statistics: LatentStatistics) -> TrainJob:
+    """Describe the stage's one trainer, writing below `url`."""
     first = context.recipe.model.init_weights
-    job = make_job(
+    return make_job(
         context,
         name=NAME,
         url=url,
@@ -47,8 +54,6 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         statistics=statistics,
         init_weights=None if first is None else storage.absolute(first),
     )
-    outcomes = run_jobs(context, [job], url, tracked)
-    return StageOutput(describe(outcomes), {"trainers": as_data(outcomes), "statistics": statistics_data(statistics)})
 
 
 def _content_hash(url: str | None) -> str | None:
@@ -58,7 +63,7 @@ def _content_hash(url: str | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def measure(context: RunContext) -> LatentStatistics:
+def measure(context: RecipeContext) -> LatentStatistics:
     """Measure latent statistics on augmented and degraded crops of the training photographs."""
     recipe = context.recipe
     images = [image for _, image, _ in read_images(shards_of(context, "train"))]

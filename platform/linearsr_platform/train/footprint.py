@@ -36,6 +36,8 @@ class Footprint:
     """What a forward of one micro-batch keeps for its backward."""
     restore_points: float
     """Of the guard, in host memory."""
+    checkpoint_copy: float
+    """What a checkpoint is written from while training goes on, in host memory."""
     fixed: float
     """Process, context and buffers, whatever is trained."""
 
@@ -46,11 +48,11 @@ class Footprint:
 
     def device_bytes(self, *, gpu: bool) -> float:
         """Bytes on the device that trains; on a CPU that is host memory."""
-        return self.model + (DEVICE_BYTES if gpu else self.restore_points + self.fixed)
+        return self.model + (DEVICE_BYTES if gpu else self.restore_points + self.checkpoint_copy + self.fixed)
 
     def host_bytes(self, *, gpu: bool) -> float:
         """Bytes in host memory."""
-        return self.restore_points + self.fixed + (0.0 if gpu else self.model)
+        return self.restore_points + self.checkpoint_copy + self.fixed + (0.0 if gpu else self.model)
 
 
 def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float) -> Footprint:
@@ -67,14 +69,15 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float) -
     # Float32 ZeRO keeps its share of master weights as flat copies of the parameters; without ZeRO the parameters are the masters.
     copies = 1 if dtype != FLOAT32 or stage > 0 else 0
     owned = parameters / shared_optimizer
-    restore = RESTORE_POINTS * owned * FLOAT32 * (1 + MOMENTS + 1) if train.guard.enabled else 0.0
+    state = owned * FLOAT32 * (1 + MOMENTS + 1)
     return Footprint(
         weights=parameters * dtype / shared_weights,
         gradients=parameters * dtype / shared_gradients,
         optimizer=owned * FLOAT32 * (MOMENTS + copies),
         average=owned * FLOAT32,
         activations=activation_bytes,
-        restore_points=restore,
+        restore_points=RESTORE_POINTS * state if train.guard.enabled else 0.0,
+        checkpoint_copy=state,
         fixed=PROCESS_BYTES + READER_BYTES,
     )
 

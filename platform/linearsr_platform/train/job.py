@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What is asked of the workers of a job that is trained to see how it takes a failure."""
+
+    url: str
+    """Folder to which every worker writes the crops of each of its batches."""
+    kill: tuple[int, int] | None = None
+    """Worker and step: the worker is killed in this step, once this attempt has left a checkpoint. Once only. None kills nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """Everything the workers of one trainer need to know."""
 
@@ -36,6 +46,9 @@ class TrainJob:
     seed: int = 0
     cache: Annotated[ShardCacheConfig | None, Field(exclude=True)] = None
     """Where remote shards are kept on each machine; no part of the job's identity. None downloads one whenever it is opened."""
+
+    rehearsal: Annotated[Rehearsal | None, Field(exclude=True)] = None
+    """None trains in earnest; no part of the job's identity."""
 
     def build_task(self) -> "Task":
         """Import the task's class and build it.

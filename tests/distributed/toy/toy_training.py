@@ -95,6 +95,35 @@ class PoisonedToyTask(ToyTask):
         return loss * (float("nan") if self._calls == 27 else 1.0), logged
 
 
+class QuietToyTask(ToyTask):
+    """The same without noise of its own: what it learns depends on the batches alone."""
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator):
+        time.sleep(self._config.pause_s)
+        return (module(batch["hr"]) - 2 * batch["hr"]).square().mean(), {}
+
+
+class ForgetfulToyTask(ToyTask):
+    """The same with a loss that grows with every call in this process, which no checkpoint knows of."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self._calls = 0
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator):
+        self._calls += 1
+        loss, logged = super().loss(module, batch, generator)
+        return loss * (1 + 0.01 * self._calls), logged
+
+
+class WatchedToyTask(ToyTask):
+    """The same, and the processes that make its examples say who they are too."""
+
+    def transform(self, image, tags, rng):
+        Path(self._config.pids, str(os.getpid())).touch()
+        return super().transform(image, tags, rng)
+
+
 def write_images(folder: Path) -> tuple[str, ...]:
     """Write two shards of two images."""
     rng = np.random.default_rng(0)
