@@ -64,9 +64,9 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 QUEUE_POLL_S = 10.0
 """How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
 
-CLEANER = 'cat; for pause in 3 5; do sleep "$pause"; rm -rf "$1"; done'
+CLEANER = 'cat; for pause in 3 5 120; do sleep "$pause"; rm -rf "$1"; done'
 """Shell script that deletes a folder once its standard input ends, which it does with the process that holds the other end. Ray's own
-processes notice that only after some seconds, and write until then."""
+processes notice that after some seconds, two of them after up to two minutes, and write until then."""
 
 logger = logging.getLogger(__name__)
 
