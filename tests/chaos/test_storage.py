@@ -1,14 +1,58 @@
-"""A disk that is full for a while: trainings end as if nothing had been, and say what was."""
+"""Storage that fails now and then, and a disk that is full for a while: trainings end as if nothing had been, and say what was."""
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
-DISK_BYTES = 2**20
+FAILING, DISK_BYTES = 0.1, 2**20
+
+
+@pytest.mark.server
+def test_storage_that_fails_a_tenth_of_its_calls(undisturbed: Path, tmp_path: Path) -> None:
+    """Shards, checkpoints and results are on S3; each worker of each trainer has its own connections."""
+    from flaky_s3 import flaky_s3
+    from three_stages import INTERVAL, Watch, assert_equal, jobs_of, note, train
+    from toy_training import toy_cluster
+
+    from linearsr_platform import storage
+    from linearsr_platform.recipe.data_schema import ShardCacheConfig
+
+    jobs = jobs_of(tmp_path, pause_s=0.0)
+    names = [job.name for job in jobs]
+    with flaky_s3(seed=7) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        bucket = server.make_bucket("chaos")
+        for shard in jobs[0].train_shards:
+            storage.copy_file(shard, storage.join(bucket, "data", storage.name_of(shard)))
+        shards = tuple(storage.join(bucket, "data", storage.name_of(shard)) for shard in jobs[0].train_shards)
+        cache = ShardCacheConfig(str(tmp_path / "cache"), 0.001)
+        remote = {"train_shards": shards, "validation_shards": shards, "cache": cache}
+        jobs = [replace(job, output_url=storage.join(bucket, "out", job.name), **remote) for job in jobs]
+        server.share = FAILING
+        watch = Watch(lambda watch: None)
+        with toy_cluster() as cluster:
+            train(jobs, cluster, bucket, watch)
+        server.share = 0.0
+        storage.copy_tree(storage.join(bucket, "out"), str(tmp_path / "out"))
+        # Ray Train makes an empty object that stands for the folder.
+        left = [file for file in storage.list_files(storage.join(bucket, "ray")) if not file.endswith("/")]
+        assert left == [], "checkpoints go when a job is done"
+        faults, requests = server.faults.total(), server.requests.total()
+    assert faults > 0.05 * requests > 10
+    assert set(watch.checkpoints) == set(names)
+    assert all(step >= INTERVAL for step in watch.checkpoints.values())
+    note("storage that fails a tenth of its calls", watch, names)
+    assert [watch.lost(name) for name in names] == [[], [], []]
+    assert_equal(tmp_path, undisturbed, names)
 
 
 @pytest.fixture
