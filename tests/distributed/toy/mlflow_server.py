@@ -13,7 +13,7 @@ from typing import Self
 from linearsr_platform.errors import UserError
 from linearsr_platform.tracking.store import check_reachable
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 class MlflowServer:

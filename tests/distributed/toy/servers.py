@@ -18,7 +18,7 @@ import pytest
 from linearsr_platform.errors import UserError
 from linearsr_platform.tracking.store import check_reachable
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 def free_port() -> int:
