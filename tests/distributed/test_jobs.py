@@ -35,7 +35,9 @@ class Head:
 
     def env(self, token: str | None = None) -> dict[str, str]:
         given = self.token if token is None else token
-        return {**os.environ, "RAY_AUTH_TOKEN": given, "HOME": "/nonexistent"}
+        # Without what other tests have told Ray in this process.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return {**kept, **({"RAY_AUTH_TOKEN": given} if given else {}), "HOME": "/nonexistent"}
 
     def log_has(self, job: str, text: str, seconds: float = 300) -> bool:
         end = time.monotonic() + seconds
