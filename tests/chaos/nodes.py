@@ -84,6 +84,8 @@ def several_nodes(count: int) -> Iterator[Nodes]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TOY), before.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     session._choose_token()
     enable_token_auth_by_default()
+    # A process is on one cluster at a time; where tests before this one shared theirs, the tests after it start their own.
+    ray.shutdown()
     folder = tempfile.TemporaryDirectory(prefix="linearsr-ray-", dir="/tmp", ignore_cleanup_errors=True)
     try:
         # Ray's cluster utility leaves the address of its head there.
