@@ -143,7 +143,18 @@ def call(url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
 
 def exists(url: str) -> bool:
     """Tell whether a file or folder is there."""
-    return call(url, lambda fs, path: bool(fs.exists(path)))
+    return call(url, look) is not None
+
+
+def look(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """Return what a file system knows of a file or folder, by the keys `type`, `size` and its own; None if it is not there.
+
+    Not `exists`, `isdir` and `isfile`, which in some file systems take any error for a no.
+    """
+    try:
+        return dict(fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def size_and_version(url: str) -> tuple[int, str]:
@@ -296,7 +307,8 @@ def list_files(url: str, pattern: str = "*") -> list[str]:
 
 def list_folders(url: str) -> list[str]:
     """List the URLs of the folders directly inside a folder, in order of name; [] if there is no such folder."""
-    if not call(url, lambda fs, path: bool(fs.isdir(path))):
+    there = call(url, look)
+    if there is None or there["type"] != "directory":
         return []
     entries: list[dict[str, Any]] = call(url, lambda fs, path: list(fs.ls(path, detail=True)))
     names = (name_of(entry["name"]) for entry in entries if entry["type"] == "directory")
@@ -310,7 +322,7 @@ def remove(url: str) -> None:
 
 def _remove(fs: AbstractFileSystem, path: str) -> None:
     """Delete what is there; a second try may find that the first did it, or a part of it."""
-    if fs.exists(path):
+    if look(fs, path) is not None:
         fs.rm(path, recursive=True)
 
 

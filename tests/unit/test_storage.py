@@ -3,10 +3,14 @@
 import os
 from uuid import uuid4
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from linearsr_platform import storage
+from linearsr_platform.data.sources import list_source
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.data_schema import SourceConfig
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -131,3 +135,21 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch):
 def test_an_unknown_scheme_is_the_users_mistake_and_names_the_url():
     with pytest.raises(UserError, match="s33://bucket"):
         storage.exists("s33://bucket/x")
+
+
+class DeniedFileSystem(MemoryFileSystem):
+    """A store that refuses to say what is there."""
+
+    protocol = "denied"
+
+    def info(self, path, **kwargs):
+        raise PermissionError(13, "Forbidden", path)
+
+
+def test_a_store_that_refuses_to_answer_is_not_one_where_nothing_is():
+    fsspec.register_implementation("denied", DeniedFileSystem, clobber=True)
+    for ask in (storage.exists, storage.list_folders, storage.remove):
+        with pytest.raises(PermissionError):
+            ask("denied://folder")
+    with pytest.raises(UserError, match="Forbidden"):
+        list_source("mine", SourceConfig(url="denied://folder/*.png"))

@@ -153,10 +153,11 @@ def list_source(name: str, source: SourceConfig) -> dict[str, Found]:
 
 def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
     """List the files of a folder, one file, or those of a glob with the side files beside them."""
-    if fs.isdir(path):
+    there = storage.look(fs, path)
+    if there is not None and there["type"] == "directory":
         root, infos = path.rstrip("/"), fs.find(path, detail=True)
-    elif fs.isfile(path):
-        root, infos = path.rpartition("/")[0], {path: fs.info(path)}
+    elif there is not None:
+        root, infos = path.rpartition("/")[0], {path: there}
     else:
         root = _root_of_glob(path)
         images = fs.glob(path)
