@@ -10,7 +10,6 @@ Stores behind a network throttle and drop connections; such calls are tried agai
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -25,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform.errors import UserError
 from linearsr_platform.remote import CutOffError, shown, tried
+from linearsr_platform.scratch import scratch_folder
 
 __all__ = [
     "absolute",
@@ -245,8 +245,8 @@ def atomic_file(url: str) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, path)
         return
-    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
-        temporary = Path(folder, name_of(url))
+    with scratch_folder() as folder:
+        temporary = folder / name_of(url)
         yield temporary
         tried(url, lambda: fs.put_file(str(temporary), path))
 
@@ -267,9 +267,9 @@ def atomic_folder(url: str) -> Iterator[Path]:
                     os.replace(path, previous)
                 os.replace(temporary, path)
         return
-    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
-        yield Path(folder)
-        _upload_tree(Path(folder), url)
+    with scratch_folder() as folder:
+        yield folder
+        _upload_tree(folder, url)
 
 
 @contextmanager
@@ -285,8 +285,8 @@ def local_path(url: str) -> Iterator[Path]:
     if isinstance(fs, LocalFileSystem):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="linearsr-") as folder:
-        target = Path(folder, name_of(url))
+    with scratch_folder() as folder:
+        target = folder / name_of(url)
         _download(url, target)
         yield target
 

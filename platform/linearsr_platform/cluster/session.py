@@ -24,6 +24,7 @@ import linearsr
 import linearsr_platform
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import ClusterConfig
+from linearsr_platform.scratch import remove_abandoned
 
 MIN_OBJECT_STORE_MB = 75
 """Ray refuses a smaller object store."""
@@ -88,6 +89,7 @@ def cluster_session(config: ClusterConfig, *, verbose: bool = False) -> Iterator
     if ray.is_initialized():
         yield
         return
+    remove_abandoned()
     folders = package_folders()
     skipped = stdout_deduplicator.skip_re
     stdout_deduplicator.skip_re = skipped if verbose else CHATTER

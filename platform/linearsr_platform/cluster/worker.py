@@ -19,6 +19,7 @@ from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, Tr
 from linearsr_platform.cluster.rehearsal import RehearsedBatches
 from linearsr_platform.data.reader import CropReader, Lanes, Trace, caption_of, lanes_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
+from linearsr_platform.scratch import remove_abandoned
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.protocols import Batch, Task
 
@@ -31,6 +32,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     torch.set_num_threads(config["threads"])
     keep_mlflow_out()
+    # Of workers before this one that were killed while they wrote a checkpoint.
+    remove_abandoned()
     with _TracebackInNotes():
         _train(ray.get(config["job"]), config["board"], config["checkpoints"])
 

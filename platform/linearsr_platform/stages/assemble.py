@@ -1,11 +1,10 @@
 """Stage `assemble`: the experts' knees, boundaries and sampler become one bundle."""
 
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from linearsr.bundle import save_bundle
 from linearsr_platform import storage
+from linearsr_platform.scratch import scratch_folder
 from linearsr_platform.stages.code_version import code_version
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.experts import boundaries_of, expert_names
@@ -40,7 +39,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     }
     with ExitStack() as stack:
         weights = [stack.enter_context(storage.local_path(knee_weights(trainers, name))) for name in names]
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="linearsr-")), BUNDLE)
+        folder = stack.enter_context(scratch_folder()) / BUNDLE
         bundle = save_bundle(
             folder,
             config=model_config(context),
