@@ -48,7 +48,9 @@ def check_first_weights(url: str | None) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Write and remove a small file under a storage root."""
+    """Write and remove a small file under a storage root, which must be one that workers see too."""
+    if not storage.is_shared(url):
+        raise UserError(f"storage: got {url!r}, the memory of this process; expected a place that workers see; fix: storage: runs")
     probe = storage.join(url, f"write-test-{uuid4().hex}")
     try:
         storage.write_bytes(probe, b"")
