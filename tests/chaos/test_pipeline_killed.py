@@ -117,12 +117,16 @@ def run() -> Iterator[Callable[[Path], Driver]]:
 
 
 def test_a_killed_driver_costs_time_only(run: Callable[[Path], Driver], tmp_path: Path) -> None:
+    from three_stages import note_line
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     first = run(killed)
     first.wait_for(lambda: any(killed.glob(f"runs/smoke/pretrain-*/ray/*/checkpoints/step_{CHECKPOINT:08d}/rank_0.json")))
     first.kill()
 
-    second = run(killed)
+    second, started = run(killed), time.monotonic()
+    second.wait_for(lambda: any(killed.glob(f"runs/smoke/pretrain-*/ray/*/checkpoints/step_{2 * CHECKPOINT:08d}/rank_0.json")))
+    note_line("the driver of a pipeline, until its next checkpoint", "pretrain", [(CHECKPOINT, time.monotonic() - started)])
     second.wait_for(lambda: "experts: done" in second.said)
     second.kill()
 

@@ -86,10 +86,15 @@ def train(jobs: Sequence[TrainJob], cluster: ClusterConfig, folder: Path | str, 
 
 def note(what: str, watch: Watch, names: Sequence[str]) -> None:
     """Append what was lost to the file of losses."""
+    for name in names:
+        note_line(what, name, watch.lost(name))
+
+
+def note_line(what: str, trainer: str, lost: Sequence[tuple[int, float]]) -> None:
+    """Append a line to the file of losses: steps taken again and seconds, for each restart."""
     if LOSSES_FILE:
         with open(LOSSES_FILE, "a") as file:
-            for name in names:
-                file.write(json.dumps({"fault": what, "trainer": name, "lost": watch.lost(name)}) + "\n")
+            file.write(json.dumps({"fault": what, "trainer": trainer, "lost": lost}) + "\n")
 
 
 def pids_of(folder: Path, name: str) -> list[int]:
