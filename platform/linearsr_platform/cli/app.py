@@ -25,6 +25,7 @@ try:
     from linearsr_platform.cli.search import search
     from linearsr_platform.cli.shards import SHARDS
     from linearsr_platform.cli.tag import tag
+    from linearsr_platform.cli.test_sets import TEST_SETS
     from linearsr_platform.cli.tracking import flush
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
@@ -70,6 +71,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "models": ("Registered models: list, compare, promote through the gate, roll back.", MODELS),
     "doctor": ("Find out whether a recipe keeps its promises on these machines.", DOCTOR),
     "shards": ("Verify or show prepared data.", SHARDS),
+    "test-sets": ("Test sets by name: where to get them, and whether they are still the same.", TEST_SETS),
     "tracking": ("Look after what MLflow is told.", {"flush": flush}),
 }
 """Verbs that have verbs: what they are about, and those."""
