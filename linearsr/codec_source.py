@@ -136,9 +136,10 @@ def _folder(source: str) -> Path:
         # Other than a path it is None, or a mark that the file is known not to exist.
         if isinstance(found, str):
             return Path(found).parent
-        fix = f"fix: name a folder, or bring it once, where there is a network, with `hf download {source}`"
+        fix = f"fix: name a folder, or bring it once, where there is a network: `linearsr prefetch RECIPE`, or `hf download {source}`"
         raise CodecError(f"codec.source: got {source!r}; expected a local folder, or a hub id that is in the local cache; {fix}")
-    raise CodecError(f"codec.source: got {source!r}; expected a local folder, which is not there; fix: name the folder of the DC-AE")
+    fix = "fix: name the folder of the DC-AE, or bring it with `linearsr prefetch RECIPE`"
+    raise CodecError(f"codec.source: got {source!r}; expected a local folder, which is not there; {fix}")
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:

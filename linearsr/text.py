@@ -151,7 +151,8 @@ def encoder_digest(config: TextEncoderConfig) -> str:
     folder = Path(config.folder)
     if not (folder / "config.json").is_file():
         raise TextEncoderError(
-            f"{folder}: got no config.json there; expected the folder of a transformers text encoder; fix: name it in `model.text.folder`"
+            f"{folder}: got no config.json there; expected the folder of a transformers text encoder; "
+            "fix: name it in `model.text.folder`; `linearsr prefetch RECIPE` brings it"
         )
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.suffix in HASHED_SUFFIXES}
     settings = [config.kind, config.max_tokens, config.precision, config.instruction]

@@ -16,13 +16,16 @@ try:
     from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import compare, list_all, show
+    from linearsr_platform.cli.offline import check_offline
     from linearsr_platform.cli.plan import plan
+    from linearsr_platform.cli.prefetch import prefetch
     from linearsr_platform.cli.release import history, promote, replace_expert, rollback
     from linearsr_platform.cli.run import run
     from linearsr_platform.cli.sana import export, import_sana
     from linearsr_platform.cli.search import search
     from linearsr_platform.cli.shards import SHARDS
     from linearsr_platform.cli.tag import tag
+    from linearsr_platform.cli.test_sets import TEST_SETS
     from linearsr_platform.cli.tracking import flush
     from linearsr_platform.cli.upscale import upscale
 except ModuleNotFoundError as error:
@@ -37,6 +40,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
     "plan": plan,
+    "prefetch": prefetch,
     "run": run,
     "search": search,
     "submit": submit,
@@ -67,14 +71,19 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "models": ("Registered models: list, compare, promote through the gate, roll back.", MODELS),
     "doctor": ("Find out whether a recipe keeps its promises on these machines.", DOCTOR),
     "shards": ("Verify or show prepared data.", SHARDS),
+    "test-sets": ("Test sets by name: where to get them, and whether they are still the same.", TEST_SETS),
     "tracking": ("Look after what MLflow is told.", {"flush": flush}),
 }
 """Verbs that have verbs: what they are about, and those."""
+WITHOUT_VERB: dict[str, Callable[..., None]] = {"doctor": check_offline}
+"""What such a verb does by itself, with options of its own."""
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(reports_errors(_command))
 for _name, (_about, _commands) in GROUPS.items():
     _group = typer.Typer(help=_about, no_args_is_help=True)
+    if _name in WITHOUT_VERB:
+        _group.callback(invoke_without_command=True, help=_about)(reports_errors(WITHOUT_VERB[_name]))
     for _verb, _command in _commands.items():
         _group.command(_verb)(reports_errors(_command))
     app.add_typer(_group, name=_name)

@@ -1,4 +1,4 @@
-"""`linearsr doctor`: does a recipe keep its promises on these machines."""
+"""`linearsr doctor resume`: does a recipe keep its promises on these machines. `cli/offline.py` has `linearsr doctor --offline`."""
 
 import json
 from collections.abc import Callable

@@ -137,7 +137,12 @@ def _have_weights(where: str, recipe: Recipe) -> Iterator[Broken]:
     for index, name in enumerate(_metrics(where, recipe)):
         if recipe.validation.weights is None and name in METRICS and METRICS[name].needs == "weights":
             files = ", ".join(METRICS[name].weights_files)
-            yield Broken(f"{where}[{index}]", name, f"its weights ({files}) in a folder", "name the folder in validation.weights")
+            yield Broken(
+                f"{where}[{index}]",
+                name,
+                f"its weights ({files}) in a folder",
+                "name the folder in validation.weights; `linearsr prefetch` fills it",
+            )
 
 
 def _claim_is_measured(recipe: Recipe) -> Iterator[Broken]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 from linearsr.codec_source import check_codec
-from linearsr.metrics import Meter, MetricError
+from linearsr.metrics import Meter, MetricError, MissingWeightsError
 from linearsr.opencv import check_installed
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
@@ -37,6 +37,8 @@ def check_before_training(recipe: Recipe) -> None:
 def _check_metrics(names: Sequence[str], protocol: str, recipe: Recipe) -> None:
     try:
         Meter(names, protocol, recipe.validation.weights)
+    except MissingWeightsError as error:
+        raise UserError(f"{error}; `linearsr prefetch RECIPE --what metrics` brings it") from error
     except MetricError as error:
         raise UserError(str(error)) from error
 
