@@ -198,6 +198,11 @@ class Recipe(Section):
         return self.experts.train if key == "experts.train" else self.finetune.train
 
     @property
+    def gate(self) -> PromoteSection:
+        """The gate's rules, each with its protocol; rules that name none mean the first, and where there are several they must name one."""
+        return self.promote.under(self.evaluate.protocols[0])
+
+    @property
     def model_name(self) -> str:
         """Name in the model registry."""
         return self.tracking.model_name or f"linearsr-{self.name}"

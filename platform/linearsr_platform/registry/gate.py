@@ -99,9 +99,18 @@ def why_not_comparable(ours: ProtocolTable, theirs: ProtocolTable) -> str:
     """Say why two tables are not comparable; empty if they are."""
     if ours.test_set != theirs.test_set:
         return f"test sets differ, {ours.test_set[:12]} and {theirs.test_set[:12]}; fix: evaluate both on the same images"
-    keys = sorted(key for key in {*ours.protocol, *theirs.protocol} if ours.protocol.get(key) != theirs.protocol.get(key))
-    pairs = ", ".join(f"{key} {ours.protocol.get(key)!r} and {theirs.protocol.get(key)!r}" for key in keys)
+    mine, other = _how(ours, theirs), _how(theirs, ours)
+    keys = sorted(key for key in {*mine, *other} if mine.get(key) != other.get(key))
+    pairs = ", ".join(f"{key} {mine.get(key)!r} and {other.get(key)!r}" for key in keys)
     return f"protocols differ: {pairs}; fix: evaluate both under the same" if keys else ""
+
+
+def _how(table: ProtocolTable, beside: ProtocolTable) -> dict[str, object]:
+    """Return a table's protocol, with the weights of those metrics alone that both have: one that is measured less differs in nothing."""
+    weights, others = table.protocol.get("weights"), beside.protocol.get("weights")
+    if not isinstance(weights, dict) or not isinstance(others, dict):
+        return dict(table.protocol)
+    return {**table.protocol, "weights": {metric: digest for metric, digest in weights.items() if metric in others}}
 
 
 def difference_of(

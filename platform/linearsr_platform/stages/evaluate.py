@@ -62,7 +62,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     return StageOutput(_headline(next(iter(tables.values())).rows, context.recipe.evaluate.perceptual), data)
 
 
-def comparable(*, scale: int, degradation: object, seed: int) -> dict[str, object]:
+def comparable(*, scale: int | None, degradation: object, seed: int) -> dict[str, object]:
     """Return what besides protocol and weights of metrics must be equal for two evaluations to be comparable."""
     return {"scale": scale, "degradation": degradation, "seed": seed}
 

@@ -10,7 +10,7 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 def settings(context: RunContext) -> object:
     """Return where it is registered, under which name, and the gate it is meant for."""
-    gate = context.recipe.promote.model_dump(mode="json")
+    gate = context.recipe.gate.model_dump(mode="json")
     return {"name": context.recipe.model_name, "uri": context.tracker.uri, "gate": gate}
 
 
@@ -24,6 +24,6 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
             name=name,
             evaluation=Evaluation.from_plain(context.results["evaluate"].data["tables"]),
             run_id=tracked.run_id,
-            rules=context.recipe.promote,
+            rules=context.recipe.gate,
         )
     return StageOutput(f"{name} version {version}, alias challenger", {"name": name, "version": version})
