@@ -6,6 +6,7 @@ float32, then the pooled features of the Inception network that FID was defined 
 
 import importlib
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,11 @@ class InceptionFeatures:
         load = module.load_pretrained_network
         # pyiqa would download, and unpickle whatever it finds.
         vars(module)["load_pretrained_network"] = lambda net, url: load_state(net, file, strict=True)
+        blocks = [module.InceptionV3.BLOCK_INDEX_BY_DIM[FEATURES]]
         try:
-            self._net = module.InceptionV3(output_blocks=[module.InceptionV3.BLOCK_INDEX_BY_DIM[FEATURES]]).eval().to(device)
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torchvision warns of how pyiqa calls it.
+                self._net = module.InceptionV3(output_blocks=blocks).eval().to(device)
         except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
             raise MetricError(f"metric 'fid': got an error from {file} ({error}); expected it to load; fix: download it again") from error
         finally:
