@@ -147,8 +147,10 @@ def _evaluation_has_weights(recipe: Recipe) -> Iterator[Broken]:
             yield from _has_weights(f"evaluate.metrics[{index}]", name, recipe)
         return
     for index, protocol in enumerate(recipe.evaluate.protocols):
-        for name in recipe.evaluate.measured(protocol):
-            yield from _has_weights(f"evaluate.protocols[{index}]", name, recipe)
+        learned = [name for name in recipe.evaluate.measured(protocol) if METRICS[name].needs == "weights"]
+        if learned and recipe.validation.weights is None:
+            rule = f"the weights of {', '.join(learned)} in a folder"
+            yield Broken(f"evaluate.protocols[{index}]", protocol, rule, "name the folder in validation.weights, or list evaluate.metrics")
 
 
 def _has_weights(where: str, name: str, recipe: Recipe) -> Iterator[Broken]:
