@@ -13,17 +13,19 @@ import skimage.data
 import torch
 from safetensors.torch import save_file
 
-from linearsr.bundle import save_bundle
+from linearsr.artefacts import seam
+from linearsr.bundle import load_bundle, save_bundle
 from linearsr.colour import fix_colours
 from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.degradation import upsample
 from linearsr.latent import upsample_bicubic
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
+from linearsr.upscaler import Upscaler
 from linearsr_platform.data.crew import SerialCrew
 from linearsr_platform.errors import UserError
 from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of
-from linearsr_platform.stages.measuring import ROWS, Measured, Measurer, Photograph, Request, features_of, to_tensor
+from linearsr_platform.stages.measuring import ROWS, Measured, Measurer, Photograph, Request, features_of, to_pixels, to_tensor
 
 METRICS = {"classic": ("psnr_y", "ssim_y"), "seesr": ("psnr_y",)}
 """Both cut 4 px; they differ in the colour fix."""
@@ -36,7 +38,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(scale=2, codec=CodecConfig(factor=2), backbone=backbone, prior="lr")
     ones = (1.0,) * config.codec.latent_channels
     statistics = LatentStatistics(mean=(0.0,) * len(ones), std=ones, residual_std=(0.1,) * len(ones))
-    save_file(SuperResolver(config, statistics).state_dict(), folder / "weights.safetensors")
+    torch.manual_seed(0)
+    # A network starts as one that adds nothing; what it adds must differ between tiles.
+    weights = {name: value + 0.1 * torch.randn_like(value) for name, value in SuperResolver(config, statistics).state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
     save_bundle(
         folder / "bundle",
         config=config,
@@ -109,6 +114,17 @@ def test_each_protocol_measures_its_own_picture(bundle: Path, photographs: list[
     assert tables["seesr"].rows["bicubic"]["psnr_y"] == expected
     routed = [tables[name].rows["routed"]["psnr_y"] for name in METRICS]
     assert abs(routed[0] - routed[1]) > 0.01
+
+
+def test_seams_are_those_of_the_model_in_tiles_against_the_same_in_one(bundle: Path, photographs: list[Photograph]) -> None:
+    (found,), _ = measured_by(SerialCrew(), photographs[:1], bundle)
+    upscaler = Upscaler(load_bundle(bundle))
+    assert photographs[0].lr is not None
+    lr = to_tensor(photographs[0].lr)  # 24 x 32 px, a pixel a token: tiles of 12 that share 3
+    whole, tiled = (to_tensor(to_pixels(upscaler.upscale_tensor(lr, tile=tile)))[0] for tile in (None, 12))
+    assert not torch.equal(whole, tiled)
+    edges = ((12, 24, 36), (14, 24, 26, 38, 40, 50))  # of tiles at 0, 6, 12 down and 0, 7, 13, 20 across, 2 px a token
+    assert found.values["classic"]["routed"]["seam"] == seam(tiled, edges, whole) != 1
 
 
 def test_an_interrupted_evaluation_goes_on_and_other_pixels_are_measured_again(
