@@ -95,6 +95,10 @@ def lower_is_better(metric: str) -> bool | None:
     return True if metric in SEAMS_AND_COLOUR else None
 
 
+def _of_the_set(metric: str) -> bool:
+    return metric in METRICS and METRICS[metric].scope == "set"
+
+
 def why_not_comparable(ours: ProtocolTable, theirs: ProtocolTable) -> str:
     """Say why two tables are not comparable; empty if they are."""
     if ours.test_set != theirs.test_set:
@@ -117,6 +121,8 @@ def difference_of(
     ours: ProtocolTable, theirs: ProtocolTable, row: str, metric: str, *, confidence: float, section: PromoteSection
 ) -> PairedDifference | str:
     """Compare a metric of one row image by image, or say why that cannot be done."""
+    if _of_the_set(metric):
+        return "a value of the whole set, without an interval"
     values = [table.values.get(row, {}).get(metric, {}) for table in (ours, theirs)]
     if not all(values):
         return "no values per image; fix: evaluate and register it again"
@@ -196,8 +202,8 @@ def _compare(
     paired = difference_of(subject.ours, subject.theirs, rule.estimate, metric, confidence=confidence or SHOWN_CONFIDENCE, section=section)
     sign = -1.0 if lower_is_better(metric) else 1.0
     if isinstance(paired, str):
-        # Means of the same images can be compared without their values; means of other images cannot.
-        kept = bool(subject.ours.values) and bool(subject.theirs.values)
+        # Means of the same images can be compared without their values, and so can values of the whole set, which has none for an image.
+        kept = not _of_the_set(metric) and bool(subject.ours.values) and bool(subject.theirs.values)
         passed = confidence is None and not kept and holds(sign * (ours - theirs), None)
         return RuleOutcome(rule=name, asks=asks, challenger=ours, champion=theirs, difference=ours - theirs, passed=passed, note=paired)
     gain_interval = (paired.low, paired.high) if sign > 0 else (-paired.high, -paired.low)
