@@ -51,7 +51,7 @@ def _under(data: ReportData, scores: ProtocolScores) -> Markup:
         for metric in metrics:
             ends = scores.intervals.get(label, {}).get(metric)
             reach = "" if ends is None else f"{number(ends[0])} \u2026 {number(ends[1])}"
-            cells.append(element("td", number(measured(means, metric)), element("small", reach)))
+            cells.append(element("td", number(measured(means, metric)), element("small", reach, class_="reach")))
         rows.append(element("tr", element("th", label, scope="row", class_="estimate"), *cells))
     head = element("thead", element("tr", element("th", "Estimate", scope="col"), *heads))
     hashes = [f"{metric_label(metric)} {digest[:12]}" for metric, digest in scores.weights.items() if digest != "none"]
@@ -59,7 +59,7 @@ def _under(data: ReportData, scores: ProtocolScores) -> Markup:
     return element(
         "details",
         element("summary", f"Under {scores.name}, with 95 % intervals"),
-        element("div", element("table", head, element("tbody", *rows), class_="scores"), class_="scroll"),
+        element("div", element("table", head, element("tbody", *rows), class_="scores reaches"), class_="scroll"),
         element("p", f"{scores.about}. {', '.join(facts)}.", class_="note"),
         open=True,
     )
