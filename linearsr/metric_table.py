@@ -17,11 +17,16 @@ class MetricSpec:
     """`none`: computed here; `pyiqa`: that package, no download; `weights`: that package and files of weights."""
     weights_files: tuple[str, ...] = ()
     """Names of the files in the weights folder, for `needs="weights"`; as pyiqa, torchvision, timm and CLIP publish them."""
+    scope: Literal["picture", "set", "artefact"] = "picture"
+    """What has a value: a picture; a whole set of pictures, `linearsr.frechet`; or a picture by what is known of how it was made, its LR
+    picture and its tiles, `linearsr.artefacts`, which every evaluation measures and no training can."""
 
 
 METRICS: dict[str, MetricSpec] = {
     "psnr_y": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
     "ssim_y": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
+    "psnr": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
+    "ssim": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
     "ms_ssim": MetricSpec(higher_is_better=True, full_reference=True, needs="none"),
     "gmsd": MetricSpec(higher_is_better=False, full_reference=True, needs="pyiqa"),
     "fsim": MetricSpec(higher_is_better=True, full_reference=True, needs="pyiqa"),
@@ -43,8 +48,19 @@ METRICS: dict[str, MetricSpec] = {
     "maniqa": MetricSpec(higher_is_better=True, full_reference=False, needs="weights", weights_files=("ckpt_koniq10k.pt",)),
     "maniqa-pipal": MetricSpec(higher_is_better=True, full_reference=False, needs="weights", weights_files=("MANIQA_PIPAL-ae6d356b.pth",)),
     "clipiqa": MetricSpec(higher_is_better=True, full_reference=False, needs="weights", weights_files=("RN50.pt",)),
+    "fid": MetricSpec(
+        higher_is_better=False,
+        full_reference=True,
+        needs="weights",
+        weights_files=("pt_inception-2015-12-05-6726825d.pth",),
+        scope="set",
+    ),
+    "seam": MetricSpec(higher_is_better=False, full_reference=False, needs="none", scope="artefact"),
+    "colour_shift": MetricSpec(higher_is_better=False, full_reference=False, needs="none", scope="artefact"),
 }
-"""Every metric by the name recipes use; pyiqa's own names except `psnr_y` and `ssim_y`."""
+"""Every metric by the name recipes use; pyiqa's own names except `psnr_y` and `ssim_y`, which are of luminance, and the artefacts."""
+ARTEFACTS = tuple(name for name, spec in METRICS.items() if spec.scope == "artefact")
+"""What every evaluation measures besides."""
 
 
 def metric_spec(name: str) -> MetricSpec:

@@ -3,6 +3,7 @@
 Nothing is ever downloaded: a metric that needs weights reads them from a local folder or says what to put there.
 """
 
+import hashlib
 import importlib
 import io
 import pickle
@@ -20,24 +21,27 @@ import torch
 from torch import Tensor
 
 from linearsr.metric_table import METRICS, MetricSpec, metric_spec
-from linearsr.similarity import IDENTICAL_PSNR_DB, ms_ssim, psnr_y, ssim_y
+from linearsr.protocols import PROTOCOLS, protocol_named
+from linearsr.similarity import IDENTICAL_PSNR_DB, ms_ssim, psnr, psnr_y, ssim, ssim_y
 
 __all__ = [
     "IDENTICAL_PSNR_DB",
     "METRICS",
+    "NO_WEIGHTS",
     "PROTOCOLS",
     "Meter",
     "MetricError",
     "MetricSpec",
     "MissingWeightsError",
+    "find_weights",
+    "import_pyiqa",
+    "load_state",
     "metric_spec",
     "orientations",
+    "weights_digests",
 ]
 
-PROTOCOLS: dict[str, int] = {"quickstart": 4, "classic": 4}
-"""Pixels cut off each side before PSNR-Y and SSIM-Y, by protocol: as many as the scale, 4."""
-
-_SMALLEST_SIDE_PX = {"ssim_y": 11, "ms_ssim": 176, "niqe": 192, "maniqa": 224, "maniqa-pipal": 224}
+_SMALLEST_SIDE_PX = {"ssim_y": 11, "ssim": 11, "ms_ssim": 176, "niqe": 192, "maniqa": 224, "maniqa-pipal": 224}
 # Metrics whose own file is loaded here, and whether it holds every parameter: LPIPS and DISTS add theirs to an ImageNet network.
 _OWN_STATE = {"lpips": False, "dists": False, "musiq": True, "maniqa": True, "maniqa-pipal": True}
 _NIQE_FROM_BASICSR = "niqe_pris_params.npz"
@@ -56,8 +60,34 @@ def orientations(names: Sequence[str]) -> dict[str, bool]:
     return {name: metric_spec(name).higher_is_better for name in names}
 
 
-_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "ms_ssim": ms_ssim}
-_CUT_AT_BORDER = ("psnr_y", "ssim_y")
+_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+_CUT_AT_BORDER = ("psnr_y", "ssim_y", "psnr", "ssim")
+NO_WEIGHTS = "none"
+"""Stands for the hash of a metric that needs no weights."""
+
+
+def weights_digests(names: Sequence[str], folder: str | None) -> dict[str, str]:
+    """Return what tells one metric's weights from others: the SHA-256 of its file, of several the SHA-256 over their own.
+
+    Args:
+        names: metrics, of `METRICS`; one without weights gets `NO_WEIGHTS`.
+        folder: local folder with the files.
+
+    Raises:
+        MissingWeightsError: if a file is not in the folder.
+    """
+    digests = {}
+    for name in names:
+        files = find_weights(name, None if folder is None else Path(folder))
+        hashes = [_sha256(file) for file in files]
+        joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        digests[name] = joined if hashes else NO_WEIGHTS
+    return digests
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Meter:
@@ -67,7 +97,7 @@ class Meter:
         """Check that every metric can be computed here; networks are loaded at the first `measure`.
 
         Args:
-            names: metrics, of `METRICS`.
+            names: metrics of single pictures, of `METRICS`.
             protocol: one of `PROTOCOLS`.
             weights: local folder with the files of weights that learned metrics need.
 
@@ -76,18 +106,22 @@ class Meter:
             MetricError: if pyiqa is needed and cannot be imported.
             MissingWeightsError: if a file of weights is not in the folder.
         """
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol: got {protocol!r}; expected one of {', '.join(PROTOCOLS)}; fix: `evaluate.protocol`")
         self.names = tuple(names)
-        self._border_px = PROTOCOLS[protocol]
-        self.protocol = f"{protocol}: 8 bit; PSNR and SSIM on Y (BT.601 studio range), border {self._border_px} px cut; others on whole RGB"
+        for name in self.names:
+            if metric_spec(name).scope != "picture":
+                raise ValueError(
+                    f"metric {name!r}: got a metric of {metric_spec(name).scope}s; expected one of pictures; fix: leave it out"
+                )
+        chosen = protocol_named(protocol)
+        self._border_px = chosen.border_px
+        self.protocol = chosen.describe()
         self._weights = None if weights is None else Path(weights)
         self._measures: dict[tuple[str, torch.device], Callable[..., Tensor]] = {}
         for name in self.names:
             if metric_spec(name).needs == "weights":
-                _find_weights(name, self._weights)
+                find_weights(name, self._weights)
         if any(metric_spec(name).needs != "none" for name in self.names):
-            _import_pyiqa(self.names)
+            import_pyiqa(self.names)
 
     @torch.no_grad()
     def measure(self, sr: Tensor, hr: Tensor | None = None) -> dict[str, Tensor]:
@@ -128,7 +162,12 @@ def _to_8_bit(image: Tensor) -> Tensor:
     return image.detach().float().nan_to_num().clamp_(0, 1).mul_(255).round_().div_(255)
 
 
-def _import_pyiqa(names: Sequence[str]) -> Any:
+def import_pyiqa(names: Sequence[str]) -> Any:
+    """Import pyiqa for these metrics.
+
+    Raises:
+        MetricError: if it does not import.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Its own dependencies warn of their future at every import.
@@ -138,8 +177,12 @@ def _import_pyiqa(names: Sequence[str]) -> Any:
         raise MetricError(f'metrics {wanted}: got {error}; expected pyiqa to import; fix: pip install "linearsr[metrics]"') from error
 
 
-def _find_weights(name: str, folder: Path | None) -> list[Path]:
-    """Return the files of a metric's weights, all of which exist."""
+def find_weights(name: str, folder: Path | None) -> list[Path]:
+    """Return the files of a metric's weights, all of which exist; none for a metric without.
+
+    Raises:
+        MissingWeightsError: if one is not in the folder.
+    """
     found = []
     for file in metric_spec(name).weights_files:
         candidates = [file, _NIQE_FROM_BASICSR] if name == "niqe" else [file]
@@ -155,14 +198,14 @@ def _find_weights(name: str, folder: Path | None) -> list[Path]:
 
 def _build(name: str, folder: Path | None, device: torch.device) -> Callable[..., Tensor]:
     """Build a pyiqa metric on `device` without network access, console output or a change of the random state."""
-    pyiqa = _import_pyiqa([name])
-    files = _find_weights(name, folder)
+    pyiqa = import_pyiqa([name])
+    files = find_weights(name, folder)
     try:
         with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), warnings.catch_warnings(), _offline(files):
             warnings.simplefilter("ignore")
             metric = pyiqa.create_metric(name, device=device, **_options(name, files))
         if name in _OWN_STATE:
-            _load_state(metric.net, files[0], strict=_OWN_STATE[name])
+            load_state(metric.net, files[0], strict=_OWN_STATE[name])
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
         what = ", ".join(map(str, files)) or "pyiqa"
         raise MetricError(f"metric {name!r}: got an error from {what} ({error}); expected it to load; fix: download it again") from error
@@ -195,8 +238,12 @@ def _niqe_options(file: Path) -> dict[str, object]:
     return {"pretrained_model_path": as_mat, "color_space": "ycbcr"}
 
 
-def _load_state(net: torch.nn.Module, file: Path, *, strict: bool) -> None:
-    """Load a state dict without unpickling code; unless `strict`, the file may leave parameters out."""
+def load_state(net: torch.nn.Module, file: Path, *, strict: bool) -> None:
+    """Load a state dict without unpickling code; unless `strict`, the file may leave parameters out.
+
+    Raises:
+        ValueError: if it is of another network.
+    """
     state = torch.load(file, map_location="cpu", weights_only=True)
     missing, unexpected = net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=False)
     if unexpected or (strict and missing):

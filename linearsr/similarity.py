@@ -39,6 +39,19 @@ def psnr_y(sr: Tensor, hr: Tensor) -> Tensor:
     return (10 * torch.log10(255**2 / mean)).clamp(max=IDENTICAL_PSNR_DB)
 
 
+def psnr(sr: Tensor, hr: Tensor) -> Tensor:
+    """Return the PSNR of all three channels in dB, (B,) float64, for RGB (B, 3, H, W) in [0, 1]; see `psnr_y`."""
+    mean = ((sr.float() - hr.float()) * 255).square_().mean(dim=(1, 2, 3)).double()
+    return (10 * torch.log10(255**2 / mean)).clamp(max=IDENTICAL_PSNR_DB)
+
+
+def ssim(sr: Tensor, hr: Tensor) -> Tensor:
+    """Return the mean SSIM of the three channels, (B,) float64, for RGB (B, 3, H, W) in [0, 1] with sides of at least 11 px."""
+    x, y = ((image.float() * 255).flatten(0, 1) for image in (sr, hr))
+    luminance, structure = _similarity_maps(x + y, x - y)
+    return (luminance * structure).mean(dim=(1, 2)).double().view(-1, 3).mean(dim=1)
+
+
 def ssim_y(sr: Tensor, hr: Tensor) -> Tensor:
     """Return the SSIM of studio-range Y, (B,) float64, for RGB (B, 3, H, W) in [0, 1] with sides of at least 11 px.
 

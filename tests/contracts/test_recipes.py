@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.promote_schema import NoRegressionRule
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 RECIPES = sorted(PIPELINES.glob("*.yaml"))
@@ -37,3 +38,12 @@ def test_tables_of_a_recipe_are_beside_it(recipe):
     loaded = load_recipe(str(recipe))
     for source in loaded.recipe.data.sources.values():
         assert source.table is None or Path(loaded.folder, source.table).is_file()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "linearsr_x4"])
+def test_a_release_is_refused_for_seams_and_every_rule_names_a_protocol_that_is_measured(name):
+    recipe = load_recipe(str(PIPELINES / f"{name}.yaml")).recipe
+    seams = [rule for rule in recipe.gate.rules if isinstance(rule, NoRegressionRule) and "seam" in rule.of]
+    assert seams
+    for rule in recipe.gate.rules:
+        assert getattr(rule, "protocol", recipe.evaluate.protocols[0]) in recipe.evaluate.protocols

@@ -44,14 +44,14 @@ def test_every_stage_left_a_result(results: dict[str, dict[str, Any]]) -> None:
 
 
 def test_the_one_step_estimate_beats_bicubic_on_photographs_never_trained_on(results: dict[str, dict[str, Any]]) -> None:
-    rows = results["evaluate"]["data"]["rows"]
+    rows = results["evaluate"]["data"]["tables"]["quickstart"]["rows"]
     assert sorted(results["evaluate"]["data"]["names"]) == ["coffee", "flower", "rocket"]
     assert rows["one_step"]["psnr_y"] > rows["bicubic"]["psnr_y"]
     assert rows["one_step"]["ssim_y"] > rows["bicubic"]["ssim_y"]
 
 
 def test_the_routed_sampler_beats_bicubic_on_the_metric_named_beforehand(results: dict[str, dict[str, Any]]) -> None:
-    rows = results["evaluate"]["data"]["rows"]
+    rows = results["evaluate"]["data"]["tables"]["quickstart"]["rows"]
     assert load_recipe(str(RECIPE)).recipe.evaluate.perceptual == "fsim"
     assert rows["routed"]["fsim"] > rows["bicubic"]["fsim"]
     assert {"psnr_y", "ssim_y", "fsim", "gmsd", "vsi"} <= set(rows["routed"])
@@ -79,7 +79,7 @@ def test_each_next_stage_started_from_a_knee(results: dict[str, dict[str, Any]])
 
 
 def test_the_champion_enlarges_a_photograph(folder: Path) -> None:
-    lr = next((folder / "runs" / "quickstart").glob("evaluate-*/pictures/coffee-lr.png"))
+    lr = next((folder / "runs" / "quickstart").glob("evaluate-*/test_set/lr/coffee.png"))
     Image.open(lr).crop((0, 0, 61, 43)).save(folder / "in.png")
     linearsr("upscale", "in.png", "out.png", "--model", "models:/linearsr-quickstart@champion", folder=folder)
     assert Image.open(folder / "out.png").size == (244, 172)

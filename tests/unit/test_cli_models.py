@@ -86,7 +86,7 @@ def test_two_versions_side_by_side(store: Path) -> None:
         (("promote", "net", "--force"), "fix: --reason TEXT"),
         (("promote", "net", "--reason", "x"), "--force"),
         (("promote", "net", "--set", "promote.seed=1"), "--recipe"),
-        (("list", "--metric", "psnr"), "did you mean 'psnr_y'"),
+        (("list", "--metric", "psnr_yy"), "did you mean 'psnr_y'"),
         (("replace-expert", "net/1", "--expert", "1", "--weights", "x"), "bundle_digest"),
     ],
 )

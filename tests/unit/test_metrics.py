@@ -59,7 +59,7 @@ def test_border_is_not_measured_and_values_are_rounded_to_8_bit(pair):
 def test_every_weightless_metric_prefers_the_cleaner_image_as_its_orientation_says(pair):
     pytest.importorskip("pyiqa")
     sr, hr = pair
-    names = [name for name, spec in METRICS.items() if spec.needs != "weights"]
+    names = [name for name, spec in METRICS.items() if spec.needs != "weights" and spec.scope == "picture"]
     values = Meter(names).measure(sr, hr)
     for name, higher_is_better in orientations(names).items():
         light, heavy = values[name].tolist()
@@ -85,7 +85,7 @@ def test_building_a_metric_says_nothing_and_leaves_random_state_threads_and_hub(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs == "weights"])
+@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs == "weights" and spec.scope == "picture"])
 def test_missing_weights_name_metric_file_folder_and_remedy(name, tmp_path):
     with pytest.raises(MissingWeightsError) as caught:
         Meter([name], weights=str(tmp_path))

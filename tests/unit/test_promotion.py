@@ -126,6 +126,18 @@ def test_without_values_per_image_means_decide_and_intervals_fail() -> None:
     assert "no values per image" in interval.note
 
 
+def test_a_value_of_the_whole_set_is_compared_as_it_is() -> None:
+    def with_fid(value: float) -> Evaluation:
+        table = evaluation(0).tables["classic"]
+        return Evaluation(tables={"classic": dataclasses.replace(table, rows={"one_step": {**table.rows["one_step"], "fid": value}})})
+
+    rule = NOT_WORSE | {"metrics": ["fid"], "by": 1.0}
+    for theirs, passed in ((20.0, True), (18.0, False)):
+        (outcome,) = judged(rule, contender(2, with_fid(20.5)), contender(1, with_fid(theirs)))
+        assert (outcome.passed, outcome.interval) == (passed, None)
+        assert "whole set" in outcome.note
+
+
 def test_several_protocols_need_a_name() -> None:
     both = Evaluation(tables={**evaluation(1).tables, **evaluation(1, protocol="seesr").tables})
     (outcome,) = judged(BETTER, contender(2, both), contender(1, evaluation(0)))

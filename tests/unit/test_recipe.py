@@ -193,6 +193,12 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["promote.rules=[{rule: better, metric: niqe}]"], "promote.rules[0].metric"),
         (["promote.rules=[{rule: knee_found}, {rule: not_worse, metrics: [gmsd, vif]}]"], "promote.rules[1].metrics[1]"),
         (["promote.rules=[{rule: not_worse, protocol: stablesr}]"], "promote.rules[0].protocol"),
+        (["evaluate.protocols=[quickstart, classic]", "promote.rules=[{rule: no_regression}]"], "promote.rules[0].protocol"),
+        (["evaluate.protocols=[classic, classic]", "evaluate.perceptual=psnr_y", "promote.rules=[]"], "evaluate.protocols"),
+        (["evaluate.protocols=[classic]"], "evaluate.perceptual"),
+        (["evaluate.protocols=[quickstart, seesr]", "promote.rules=[]", "validation.weights=null"], "evaluate.protocols[1]"),
+        (["evaluate.metrics=[psnr_y, gmsd, seam]"], "evaluate.metrics[2]"),
+        (["validation.metrics=[psnr_y, ssim_y, gmsd, fid]", "validation.weights=w"], "validation.metrics[3]"),
         (["data.validation_px=64"], "data.validation_px"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
@@ -305,3 +311,21 @@ def _replace_somewhere(tree: dict, value: object, choice: random.Random) -> None
         _replace_somewhere(tree[key], value, choice)
     else:
         tree[key] = value
+
+
+def test_the_one_protocol_of_earlier_recipes_is_named_as_what_it_is_now(write):
+    (problem,) = problems_of(write(MINIMAL), None, ["evaluate.protocol=classic"])
+    assert (problem.key, problem.fix) == ("evaluate.protocol", "did you mean evaluate.protocols?")
+
+
+def test_rules_on_several_protocols_find_their_metrics_and_are_kept_with_their_protocol(write):
+    rules = "[{rule: same_protocol}, {rule: not_worse, metrics: [maniqa-pipal]%s}, {rule: no_regression%s}]"
+    settings = ["evaluate.protocols=[quickstart, osediff]", "evaluate.metrics=[psnr_y, gmsd, maniqa]", "validation.weights=w"]
+    named = load_recipe(write(MINIMAL), None, [*settings, "promote.rules=" + rules % ((", protocol: osediff",) * 2)]).recipe
+    assert named.evaluate.measured("quickstart") == ("psnr_y", "gmsd", "maniqa")
+    assert named.evaluate.measured("osediff") == ("psnr_y", "gmsd", "maniqa-pipal")
+    problems = problems_of(write(MINIMAL), None, [*settings, "promote.rules=" + rules % ((", protocol: quickstart",) * 2)])
+    assert [problem.key for problem in problems] == ["promote.rules[1].metrics[0]"]
+    one = load_recipe(write(MINIMAL), None, ["promote.rules=[{rule: no_regression}, {rule: knee_found}]"]).recipe
+    assert [getattr(rule, "protocol", "-") for rule in one.gate.rules] == ["quickstart", "-"]
+    assert one.promote.rules[0].protocol is None

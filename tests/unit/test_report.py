@@ -21,6 +21,7 @@ from linearsr_platform.report.model import (
     LineageRow,
     MetricColumn,
     PromotionRecord,
+    ProtocolScores,
     QuarantinedImage,
     ReportData,
     StageRecord,
@@ -300,3 +301,21 @@ def test_rollbacks_are_listed_only_if_there_were_any():
     assert "gradient of &lt;head&gt; on worker 1: nan" in html
     assert "finetune expert-2" in html
     assert "Rollbacks" not in render_report(report(), [])
+
+
+def test_each_protocol_has_its_table_with_intervals_count_and_hashes():
+    scores = ProtocolScores(
+        name="osediff",
+        about="osediff: 8 bit; border 0 px cut",
+        images=12,
+        weights={"psnr_y": "none", "lpips": "0123456789abcdef"},
+        values={"routed": {"psnr_y": 24.31, "lpips": 0.25, "fid": NAN}, "bicubic": {"psnr_y": 24.77}},
+        intervals={"routed": {"psnr_y": (23.9, 24.8), "lpips": (0.2, 0.3)}},
+    )
+    html = render_report(report(protocols=(scores,), test_set="fedcba9876543210"), [])
+    Page(html)
+    told = text_of(html)
+    assert "Under osediff, with 95 % intervals" in told
+    assert "24.31 23.90 \u2026 24.80" in told
+    assert "osediff: 8 bit; border 0 px cut. 12 images, test set fedcba987654, weights LPIPS 0123456789ab." in told
+    assert "Under" not in text_of(render_report(report(), []))

@@ -13,6 +13,7 @@ try:
     from linearsr_platform.cli.boundary import reports_errors
     from linearsr_platform.cli.check import check
     from linearsr_platform.cli.doctor import DOCTOR
+    from linearsr_platform.cli.evaluate import evaluate
     from linearsr_platform.cli.jobs import list_jobs, logs, status, stop, submit
     from linearsr_platform.cli.knee import knee
     from linearsr_platform.cli.models import compare, list_all, show
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "stop": stop,
     "list": list_jobs,
     "upscale": upscale,
+    "evaluate": evaluate,
     "tag": tag,
     "import-sana": import_sana,
     "export": export,

@@ -50,7 +50,8 @@ def print_version(version: ModelVersion) -> None:
         shown_table = _table(f"under {name}", *metrics, right=range(1, len(metrics) + 1))
         for row, means in table.rows.items():
             shown_table.add_row(row.replace("_", " "), *(_number(means.get(metric)) for metric in metrics))
-        shown_table.caption = f"means over test set {table.test_set[:HASH_SHOWN]}"
+        count = f"{table.images} images of " if table.images else ""
+        shown_table.caption = f"means over {count}test set {table.test_set[:HASH_SHOWN]}"
         console.print(shown_table)
     if evaluation is None:
         console.print("not evaluated yet")

@@ -117,7 +117,10 @@ def replace_expert(
     donor = resolve(weights, lambda: client) if weights.startswith(SCHEME) else Path(weights).expanduser()
     version = register_replacement(client, base, number=expert, donor=donor, donor_name=weights)
     typer.echo(f"{version.name} version {version.version}, alias challenger: expert {expert} replaced, the others are {base.label}'s")
-    typer.echo("It has no evaluation yet, so the gate will refuse it until it is evaluated.")
+    typer.echo(
+        "It has no evaluation yet, so the gate refuses it until `linearsr evaluate "
+        f"models:/{version.label} --lr DIR --original DIR --attach` has measured it."
+    )
 
 
 def _rules(version: "ModelVersion", recipe: str | None, profile: str | None, overrides: list[str] | None) -> tuple["PromoteSection", str]:
@@ -127,7 +130,7 @@ def _rules(version: "ModelVersion", recipe: str | None, profile: str | None, ove
     from linearsr_platform.registry.models import RULES_TAG
 
     if recipe is not None:
-        return load_recipe(recipe, profile, overrides or []).recipe.promote, f"rules of {recipe}"
+        return load_recipe(recipe, profile, overrides or []).recipe.gate, f"rules of {recipe}"
     stored = version.tags.get(RULES_TAG)
     if stored is None:
         return PromoteSection(), "the default rules, as the version brings none"

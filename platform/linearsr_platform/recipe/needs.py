@@ -87,9 +87,16 @@ def needs_of(recipe: Recipe, taggers: Iterable[str] = (), hubs: Mapping[str, str
     return [*_metrics(recipe), *_codec(recipe, chosen), *_text(recipe, chosen), *unique.values(), *_first_weights(recipe)]
 
 
+def measured_metrics(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """Return the metrics that a recipe measures, by the setting that asks for them."""
+    names = dict.fromkeys(name for protocol in recipe.evaluate.protocols for name in recipe.evaluate.measured(protocol))
+    where = "evaluate.protocols" if recipe.evaluate.metrics is None else "evaluate.metrics"
+    return {"validation.metrics": recipe.validation.metrics, where: tuple(names)}
+
+
 def _metrics(recipe: Recipe) -> Iterator[Need]:
     users: dict[str, list[str]] = {}
-    for where, names in (("validation.metrics", recipe.validation.metrics), ("evaluate.metrics", recipe.evaluate.metrics)):
+    for where, names in measured_metrics(recipe).items():
         for name in names:
             for file in METRICS[name].weights_files:
                 users.setdefault(file, []).append(f"{name} in {where}")

@@ -93,3 +93,10 @@ class PromoteSection(Section):
     """Seed of the bootstrap."""
     resamples: Annotated[int, Field(ge=1000)] = 10000
     """Resamples of the bootstrap."""
+
+    def under(self, protocol: str) -> "PromoteSection":
+        """Return the same rules, those that name no protocol with this one, so that a version may later be measured under others too."""
+        rules = tuple(
+            rule.model_copy(update={"protocol": protocol}) if getattr(rule, "protocol", protocol) is None else rule for rule in self.rules
+        )
+        return self.model_copy(update={"rules": rules})

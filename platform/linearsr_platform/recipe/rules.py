@@ -8,8 +8,8 @@ from itertools import pairwise
 from math import ceil
 
 from linearsr.experts import EFFECTIVE_LOG_SNR, noise_level
-from linearsr.metric_table import METRICS
-from linearsr_platform.recipe.promote_schema import BetterRule, NotWorseRule
+from linearsr.metric_table import ARTEFACTS, METRICS
+from linearsr_platform.recipe.promote_schema import BetterRule, NoRegressionRule, NotWorseRule
 from linearsr_platform.recipe.schema import TRAINING_STAGES, Recipe
 from linearsr_platform.recipe.train_schema import TrainConfig
 
@@ -52,8 +52,10 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("data.latents", "augmentation"), _latents_stay_as_they_are)
     for key in ("validation.metrics", "evaluate.metrics"):
         yield Rule((key,), partial(_known, key))
-        yield Rule((key, "validation.weights"), partial(_have_weights, key))
-    yield Rule(("evaluate.metrics", "evaluate.perceptual"), _claim_is_measured)
+    yield Rule(("validation.metrics", "validation.weights"), _validation_has_weights)
+    yield Rule(("evaluate", "validation.weights"), _evaluation_has_weights)
+    yield Rule(("evaluate.protocols",), _a_protocol_once)
+    yield Rule(("evaluate.protocols", "evaluate.metrics", "evaluate.perceptual"), _claim_is_measured)
     yield Rule(("evaluate", "promote.rules"), _gate_is_measured)
     yield Rule(("experts.boundaries",), _boundaries_ascend)
     yield Rule(("experts.boundaries", "experts.anchor", "search"), _anchor_splits_range)
@@ -122,48 +124,89 @@ def _validation_strip(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("data.validation_px", strip, f"0, or at least validation.crop_px, {crop}")
 
 
-def _metrics(where: str, recipe: Recipe) -> tuple[str, ...]:
-    return recipe.validation.metrics if where == "validation.metrics" else recipe.evaluate.metrics
-
-
 def _known(where: str, recipe: Recipe) -> Iterator[Broken]:
-    for index, name in enumerate(_metrics(where, recipe)):
-        if name not in METRICS:
-            near = get_close_matches(name, METRICS, n=1)
-            yield Broken(f"{where}[{index}]", name, f"one of {', '.join(METRICS)}", f"did you mean {near[0]}?" if near else "")
+    """Artefacts are measured anyway and in no training; a set's metric is none of a validation's few crops."""
+    evaluated = where == "evaluate.metrics"
+    names = (recipe.evaluate.metrics or ()) if evaluated else recipe.validation.metrics
+    scopes = ("picture", "set") if evaluated else ("picture",)
+    known = [name for name, spec in METRICS.items() if spec.scope in scopes]
+    for index, name in enumerate(names):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            yield Broken(f"{where}[{index}]", name, f"one of {', '.join(known)}", f"did you mean {near[0]}?" if near else "")
 
 
-def _have_weights(where: str, recipe: Recipe) -> Iterator[Broken]:
-    for index, name in enumerate(_metrics(where, recipe)):
-        if recipe.validation.weights is None and name in METRICS and METRICS[name].needs == "weights":
-            files = ", ".join(METRICS[name].weights_files)
-            yield Broken(
-                f"{where}[{index}]",
-                name,
-                f"its weights ({files}) in a folder",
-                "name the folder in validation.weights; `linearsr prefetch` fills it",
-            )
+def _validation_has_weights(recipe: Recipe) -> Iterator[Broken]:
+    for index, name in enumerate(recipe.validation.metrics):
+        yield from _has_weights(f"validation.metrics[{index}]", name, recipe)
+
+
+def _evaluation_has_weights(recipe: Recipe) -> Iterator[Broken]:
+    if recipe.evaluate.metrics is not None:
+        for index, name in enumerate(recipe.evaluate.metrics):
+            yield from _has_weights(f"evaluate.metrics[{index}]", name, recipe)
+        return
+    for index, protocol in enumerate(recipe.evaluate.protocols):
+        learned = [name for name in recipe.evaluate.measured(protocol) if METRICS[name].needs == "weights"]
+        if learned and recipe.validation.weights is None:
+            rule = f"the weights of {', '.join(learned)} in a folder"
+            fix = "name the folder in validation.weights, which `linearsr prefetch` fills, or list evaluate.metrics"
+            yield Broken(f"evaluate.protocols[{index}]", protocol, rule, fix)
+
+
+def _has_weights(where: str, name: str, recipe: Recipe) -> Iterator[Broken]:
+    if recipe.validation.weights is None and name in METRICS and METRICS[name].needs == "weights":
+        files = ", ".join(METRICS[name].weights_files)
+        yield Broken(
+            where, name, f"its weights ({files}) in a folder", "name the folder in validation.weights; `linearsr prefetch` fills it"
+        )
+
+
+def _a_protocol_once(recipe: Recipe) -> Iterator[Broken]:
+    protocols = recipe.evaluate.protocols
+    if not protocols or len(set(protocols)) < len(protocols):
+        yield Broken("evaluate.protocols", list(protocols), "at least one protocol, each once")
 
 
 def _claim_is_measured(recipe: Recipe) -> Iterator[Broken]:
-    metric, measured = recipe.evaluate.perceptual, recipe.evaluate.metrics
+    metric = recipe.evaluate.perceptual
+    measured = [name for protocol in recipe.evaluate.protocols[:1] for name in recipe.evaluate.measured(protocol)]
     if metric not in measured:
         yield Broken("evaluate.perceptual", metric, f"one of evaluate.metrics ({', '.join(measured)})")
 
 
 def _gate_is_measured(recipe: Recipe) -> Iterator[Broken]:
-    measured, protocol = recipe.evaluate.metrics, recipe.evaluate.protocol
+    """Rules on artefacts are always measured; they too must say under which protocol where there are several."""
+    protocols = recipe.evaluate.protocols
     for index, rule in enumerate(recipe.promote.rules):
         where = f"promote.rules[{index}]"
-        if isinstance(rule, BetterRule) and rule.metric not in measured:
-            yield Broken(f"{where}.metric", rule.metric, f"one of evaluate.metrics ({', '.join(measured)})")
-        if isinstance(rule, NotWorseRule) and rule.metrics != "all":
-            for place, name in enumerate(rule.metrics):
-                if name not in measured:
-                    yield Broken(f"{where}.metrics[{place}]", name, f"one of evaluate.metrics ({', '.join(measured)})")
-        named = getattr(rule, "protocol", None)
-        if named is not None and named != protocol:
-            yield Broken(f"{where}.protocol", named, f"evaluate.protocol, {protocol}")
+        if not isinstance(rule, BetterRule | NotWorseRule | NoRegressionRule):
+            continue
+        if rule.protocol is None and len(protocols) > 1:
+            yield Broken(f"{where}.protocol", None, f"one of evaluate.protocols ({', '.join(protocols)}), as there are several")
+            continue
+        named = rule.protocol or next(iter(protocols), "")
+        if named not in protocols:
+            yield Broken(f"{where}.protocol", named, f"one of evaluate.protocols ({', '.join(protocols)})")
+            continue
+        measured = (*recipe.evaluate.measured(named), *ARTEFACTS)
+        for key, name in _judged_metrics(rule):
+            if name not in measured:
+                yield Broken(f"{where}.{key}", name, f"one of evaluate.metrics ({', '.join(measured)})")
+            elif METRICS[name].scope == "set" and getattr(rule, "confidence", None) is not None:
+                yield Broken(
+                    f"{where}.{key}", name, "a metric of single images, which an interval needs", "use not_worse without confidence"
+                )
+
+
+def _judged_metrics(rule: BetterRule | NotWorseRule | NoRegressionRule) -> Iterator[tuple[str, str]]:
+    """Yield the metrics that a rule names, each with its key."""
+    if isinstance(rule, BetterRule):
+        yield "metric", rule.metric
+    elif isinstance(rule, NotWorseRule) and rule.metrics != "all":
+        yield from ((f"metrics[{place}]", name) for place, name in enumerate(rule.metrics))
+    elif isinstance(rule, NoRegressionRule):
+        yield from ((f"of[{place}]", name) for place, name in enumerate(rule.of))
 
 
 def _boundaries_ascend(recipe: Recipe) -> Iterator[Broken]:

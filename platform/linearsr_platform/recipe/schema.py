@@ -19,6 +19,7 @@ from linearsr.config import (
     TextEncoderConfig,
 )
 from linearsr.experts import bisect_boundaries
+from linearsr.protocols import PROTOCOLS
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.degradation_schema import DegradationSection
 from linearsr_platform.recipe.promote_schema import PromoteSection
@@ -30,6 +31,8 @@ STAGE_NAMES = ("prepare", "pretrain", "experts", "finetune", "assemble", "evalua
 """Stages of a run, in order."""
 SEARCH_STAGE_NAMES = ("prepare", "pretrain", "profile", "trials", "finalists")
 """Stages of a search, in order."""
+ProtocolName = Literal["quickstart", "classic", "stablesr", "seesr", "osediff"]
+"""Keys of `linearsr.protocols.PROTOCOLS`."""
 TRAINING_STAGES = ("pretrain", "experts.train", "finetune.train")
 """Dotted keys of the stages that train."""
 
@@ -97,14 +100,21 @@ class FinetuneSection(Section):
 class EvaluateSection(Section):
     """The held-out evaluation of a bundle."""
 
-    protocol: Literal["quickstart", "classic"] = "quickstart"
-    metrics: tuple[str, ...] = ("psnr_y", "ssim_y", "fsim", "gmsd", "vsi")
+    protocols: tuple[ProtocolName, ...] = ("quickstart",)
+    """Ways of measuring, each with a table of its own: see `linearsr.protocols`. The first is the report's main table."""
+    metrics: tuple[str, ...] | None = None
+    """What is measured under every protocol, where `maniqa` is the protocol's own; unset is each protocol's own list, without FID, which
+    needs 2049 images. `seam` and `colour_shift` are always measured."""
     perceptual: str = "gmsd"
     """The perceptual metric this recipe claims to beat bicubic on, named beforehand."""
     step_sweep: tuple[Count, ...] = (1, 2, 4, 8)
     """Sampler steps plotted against perception and distortion."""
     seed: int = 0
     """Seed of degradation and noise of the evaluation."""
+
+    def measured(self, protocol: str) -> tuple[str, ...]:
+        """Return what is measured under a protocol, besides the artefacts."""
+        return PROTOCOLS[protocol].resolve(self.metrics or ())
 
 
 class TrackingConfig(Section):
@@ -186,6 +196,11 @@ class Recipe(Section):
         if key == "pretrain":
             return self.pretrain
         return self.experts.train if key == "experts.train" else self.finetune.train
+
+    @property
+    def gate(self) -> PromoteSection:
+        """The gate's rules, each with its protocol; rules that name none mean the first, and where there are several they must name one."""
+        return self.promote.under(self.evaluate.protocols[0])
 
     @property
     def model_name(self) -> str:

@@ -95,19 +95,34 @@ def lower_is_better(metric: str) -> bool | None:
     return True if metric in SEAMS_AND_COLOUR else None
 
 
+def _of_the_set(metric: str) -> bool:
+    return metric in METRICS and METRICS[metric].scope == "set"
+
+
 def why_not_comparable(ours: ProtocolTable, theirs: ProtocolTable) -> str:
     """Say why two tables are not comparable; empty if they are."""
     if ours.test_set != theirs.test_set:
         return f"test sets differ, {ours.test_set[:12]} and {theirs.test_set[:12]}; fix: evaluate both on the same images"
-    keys = sorted(key for key in {*ours.protocol, *theirs.protocol} if ours.protocol.get(key) != theirs.protocol.get(key))
-    pairs = ", ".join(f"{key} {ours.protocol.get(key)!r} and {theirs.protocol.get(key)!r}" for key in keys)
+    mine, other = _how(ours, theirs), _how(theirs, ours)
+    keys = sorted(key for key in {*mine, *other} if mine.get(key) != other.get(key))
+    pairs = ", ".join(f"{key} {mine.get(key)!r} and {other.get(key)!r}" for key in keys)
     return f"protocols differ: {pairs}; fix: evaluate both under the same" if keys else ""
+
+
+def _how(table: ProtocolTable, beside: ProtocolTable) -> dict[str, object]:
+    """Return a table's protocol, with the weights of those metrics alone that both have: one that is measured less differs in nothing."""
+    weights, others = table.protocol.get("weights"), beside.protocol.get("weights")
+    if not isinstance(weights, dict) or not isinstance(others, dict):
+        return dict(table.protocol)
+    return {**table.protocol, "weights": {metric: digest for metric, digest in weights.items() if metric in others}}
 
 
 def difference_of(
     ours: ProtocolTable, theirs: ProtocolTable, row: str, metric: str, *, confidence: float, section: PromoteSection
 ) -> PairedDifference | str:
     """Compare a metric of one row image by image, or say why that cannot be done."""
+    if _of_the_set(metric):
+        return "a value of the whole set, without an interval"
     values = [table.values.get(row, {}).get(metric, {}) for table in (ours, theirs)]
     if not all(values):
         return "no values per image; fix: evaluate and register it again"
@@ -187,8 +202,8 @@ def _compare(
     paired = difference_of(subject.ours, subject.theirs, rule.estimate, metric, confidence=confidence or SHOWN_CONFIDENCE, section=section)
     sign = -1.0 if lower_is_better(metric) else 1.0
     if isinstance(paired, str):
-        # Means of the same images can be compared without their values; means of other images cannot.
-        kept = bool(subject.ours.values) and bool(subject.theirs.values)
+        # Means of the same images can be compared without their values, and so can values of the whole set, which has none for an image.
+        kept = not _of_the_set(metric) and bool(subject.ours.values) and bool(subject.theirs.values)
         passed = confidence is None and not kept and holds(sign * (ours - theirs), None)
         return RuleOutcome(rule=name, asks=asks, challenger=ours, champion=theirs, difference=ours - theirs, passed=passed, note=paired)
     gain_interval = (paired.low, paired.high) if sign > 0 else (-paired.high, -paired.low)

@@ -101,6 +101,23 @@ class EvaluationRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProtocolScores:
+    """What the same pictures scored under one protocol."""
+
+    name: str
+    about: str
+    """How it measures, in a line."""
+    images: int
+    """Number of images behind every mean."""
+    weights: dict[str, str]
+    """Metric -> hash of its weights; `none` for one without."""
+    values: dict[str, dict[str, float]]
+    """Label of an evaluation row -> metric -> mean."""
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    """The same -> 95 % interval of the mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SweepPoint:
     """Mean scores of the routed sampler at one number of steps."""
 
@@ -197,6 +214,11 @@ class ReportData:
     """Noise levels at which the routed sampler evaluates the network, descending."""
     metrics: tuple[MetricColumn, ...] = ()
     evaluation: tuple[EvaluationRow, ...] = ()
+    """Under the first protocol."""
+    protocols: tuple[ProtocolScores, ...] = ()
+    """Every protocol, the first too."""
+    test_set: str = ""
+    """Hash of the images' names and pixels."""
     sweep: tuple[SweepPoint, ...] = ()
     splits: dict[str, int] | None = None
     """Split -> number of images in its shards."""

@@ -1,10 +1,10 @@
-"""The score table: means and photographs, each number beside its difference to bicubic, and the protocols behind them."""
+"""The score tables: means and photographs beside their difference to bicubic, and each protocol's means with their intervals."""
 
 from collections.abc import Sequence
 
 from linearsr_platform.report.charts import arrow
 from linearsr_platform.report.markup import Markup, difference, element, join, metric_label, number
-from linearsr_platform.report.model import EvaluationRow, ReportData, measured, orientation
+from linearsr_platform.report.model import EvaluationRow, ProtocolScores, ReportData, measured, orientation
 
 Scored = Sequence[tuple[EvaluationRow, dict[str, float]]]
 """Rows of one table body with the values to show: means, or those of one photograph."""
@@ -18,6 +18,7 @@ def evaluation(data: ReportData) -> Markup:
     return join(
         _table(data, means),
         element("p", _claim(data), class_="note"),
+        *(_under(data, scores) for scores in data.protocols),
         element("details", element("summary", "Each photograph"), _table(data, *_photographs(data)), open=True),
         element("details", element("summary", "Protocol of each number"), _protocols(data), open=True),
     )
@@ -38,6 +39,30 @@ def _table(data: ReportData, *bodies: Markup) -> Markup:
     ]
     head = element("thead", element("tr", element("th", "Estimate", scope="col"), *heads))
     return element("div", element("table", head, *bodies, class_="scores"), class_="scroll")
+
+
+def _under(data: ReportData, scores: ProtocolScores) -> Markup:
+    """Return one protocol's table: means with the 95 % interval under each."""
+    metrics = list(dict.fromkeys(metric for means in scores.values.values() for metric in means))
+    heads = [element("th", metric_label(name), element("span", arrow(name), class_="arrow"), scope="col") for name in metrics]
+    rows = []
+    for label, means in scores.values.items():
+        cells = []
+        for metric in metrics:
+            ends = scores.intervals.get(label, {}).get(metric)
+            reach = "" if ends is None else f"{number(ends[0])} \u2026 {number(ends[1])}"
+            cells.append(element("td", number(measured(means, metric)), element("small", reach, class_="reach")))
+        rows.append(element("tr", element("th", label, scope="row", class_="estimate"), *cells))
+    head = element("thead", element("tr", element("th", "Estimate", scope="col"), *heads))
+    hashes = [f"{metric_label(metric)} {digest[:12]}" for metric, digest in scores.weights.items() if digest != "none"]
+    facts = [f"{scores.images} images", f"test set {data.test_set[:12]}", *([f"weights {', '.join(hashes)}"] if hashes else [])]
+    return element(
+        "details",
+        element("summary", f"Under {scores.name}, with 95 % intervals"),
+        element("div", element("table", head, element("tbody", *rows), class_="scores reaches"), class_="scroll"),
+        element("p", f"{scores.about}. {', '.join(facts)}.", class_="note"),
+        open=True,
+    )
 
 
 def _photographs(data: ReportData) -> list[Markup]:

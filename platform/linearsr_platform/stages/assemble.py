@@ -30,7 +30,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         "recipe": context.recipe.name,
         "recipe_hash": context.loaded.hash,
         "manifest_digest": manifest_of(context).digest,
-        "protocol": context.recipe.evaluate.protocol,
+        "protocols": list(context.recipe.evaluate.protocols),
         "stages": {name: result.key for name, result in context.results.items()},
         "knee_steps": {
             stage: {name: outcome["knee_step"] for name, outcome in context.results[stage].data["trainers"].items()}

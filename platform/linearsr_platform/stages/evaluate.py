@@ -1,39 +1,27 @@
-"""Stage `evaluate`: the bundle on the held-out photographs, beside bicubic, under a named protocol."""
+"""Stage `evaluate`: the bundle on the held-out photographs, beside bicubic, under each named protocol."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from linearsr.bundle import load_bundle
-from linearsr.degradation import degrade, upsample
-from linearsr.metrics import Meter
-from linearsr.upscaler import Estimate, Upscaler
+from linearsr.degradation import degrade
 from linearsr_platform import storage
+from linearsr_platform.data.crew import Crew, SerialCrew
 from linearsr_platform.data.reader import read_images
-from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of
+from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
 from linearsr_platform.stages.prepare import shards_of
 from linearsr_platform.tracking.runs import TrackedRun
 
-ROWS = ("bicubic", "one_step", "routed")
-"""What is compared, beside the LR image and the original."""
-
-Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Photograph:
-    """A held-out photograph and its degraded version, uint8 (H, W, 3)."""
-
-    name: str
-    original: Pixels
-    lr: Pixels
-    tags: list[str]
+TEST_SET = "test_set"
+"""Folder of the photographs that were measured: `lr/`, with `TEST_SET_FILE` in it, and `original/`, which `linearsr evaluate` takes."""
+TEST_SET_FILE = "test_set.json"
+"""How a folder of LR pictures was made, and the tags of each: `degradation`, `seed`, `tags`."""
 
 
 def settings(context: RunContext) -> object:
@@ -44,50 +32,47 @@ def settings(context: RunContext) -> object:
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
-    """Measure bicubic, the one-step estimate, the routed sampler and a sweep over its steps; keep every picture."""
-    section = context.recipe.evaluate
-    photographs = held_out(context)
-    with storage.local_path(bundle_url(context)) as folder:
-        upscaler = Upscaler(load_bundle(folder))
-    meter = Meter(section.metrics, section.protocol, context.metric_weights)
-    sweep_steps = [steps for steps in section.step_sweep if steps != context.recipe.sampler.num_steps]
-    total, done = len(photographs) * (len(ROWS) + len(sweep_steps)), 0
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for photograph in photographs:
-        for row, restore in restorers(upscaler, photograph, section.seed, sweep_steps).items():
-            picture = restore()
-            table.setdefault(row, {})[photograph.name] = measure(meter, picture, photograph.original)
-            if row in ROWS:
-                _save(storage.join(url, "pictures", f"{photograph.name}-{row}.png"), picture)
-            done += 1
-            context.display.update("evaluate", done, total)
-        for row, picture in (("lr", photograph.lr), ("original", photograph.original)):
-            _save(storage.join(url, "pictures", f"{photograph.name}-{row}.png"), picture)
-    rows = {row: _mean(table[row].values()) for row in ROWS}
-    sweep = {steps: _mean(table[f"steps-{steps}"].values()) for steps in sweep_steps}
-    sweep[context.recipe.sampler.num_steps] = rows["routed"]
-    for row, values in rows.items():
-        tracked.log_metrics(0, {f"{row}/{name}": value for name, value in values.items()})
+    """Measure bicubic, the one-step estimate, the routed sampler and a sweep over its steps; keep every picture.
+
+    Photographs that an interrupted run finished in this folder, which is named by all settings, are not done again.
+    """
+    photographs, request = held_out(context), _request(context)
+    _publish(context, url, photographs)
+    make = MakeMeasurer(
+        request=request,
+        bundle_url=bundle_url(context),
+        pictures_url=storage.join(url, "pictures"),
+        results_url=storage.join(url, "measured"),
+    )
+    measured = measure_all(
+        photographs, make, lambda count: _crew(context, count), lambda done, total: context.display.update("evaluate", done, total)
+    )
+    how = comparable(scale=context.recipe.model.scale, degradation=asdict(context.recipe.degradation), seed=request.seed)
+    tables = tables_of([photograph.name for photograph in photographs], measured, request, ROWS, how)
+    for name, table in tables.items():
+        prefix = "" if name == context.recipe.evaluate.protocols[0] else f"{name}/"
+        for row, values in table.rows.items():
+            tracked.log_metrics(0, {f"{prefix}{row}/{metric}": value for metric, value in values.items()})
     data = {
-        "protocol": protocol(context, meter),
-        "test_set": stable_hash([stable_hash(photograph.original.tolist()) for photograph in photographs]),
-        "rows": rows,
-        "photographs": {row: table[row] for row in ROWS},
-        "sweep": {str(steps): sweep[steps] for steps in sorted(sweep)},
+        "tables": {name: table.to_plain(with_values=True, strict=True) for name, table in tables.items()},
+        "sweep": _sweep(context, measured, tables),
         "names": [photograph.name for photograph in photographs],
     }
     tracked.log_dict(data, "evaluation.json")
-    return StageOutput(_headline(rows, section.perceptual), data)
+    return StageOutput(_headline(next(iter(tables.values())).rows, context.recipe.evaluate.perceptual), data)
 
 
-def protocol(context: RunContext, meter: Meter) -> dict[str, object]:
-    """Return everything that must be equal for two evaluations to be comparable."""
-    recipe = context.recipe
-    return {"metrics": meter.protocol, "scale": recipe.model.scale, "degradation": asdict(recipe.degradation), "seed": recipe.evaluate.seed}
+def comparable(*, scale: int | None, degradation: object, seed: int) -> dict[str, object]:
+    """Return what besides protocol and weights of metrics must be equal for two evaluations to be comparable."""
+    return {"scale": scale, "degradation": degradation, "seed": seed}
 
 
 def held_out(context: RunContext) -> list[Photograph]:
-    """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own."""
+    """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own.
+
+    Raises:
+        UserError: if two of them have the same name.
+    """
     recipe = context.recipe
     scale, photographs = recipe.model.scale, []
     for index, (_, image, meta) in enumerate(read_images(shards_of(context, "held-out"))):
@@ -96,39 +81,51 @@ def held_out(context: RunContext) -> list[Photograph]:
         lr = degrade(original, scale, recipe.degradation, np.random.default_rng([recipe.evaluate.seed, index]))
         name = str(meta["file"]).rsplit("/", 1)[-1].rsplit(".", 1)[0]
         tags = meta["tags"]
-        photographs.append(Photograph(name, original, lr, [str(tag) for tag in tags] if isinstance(tags, list) else []))
+        words = tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()
+        photographs.append(Photograph(name=name, original=original, lr=lr, tags=words))
+    check_names([photograph.name for photograph in photographs])
     return photographs
 
 
-def restorers(upscaler: Upscaler, photograph: Photograph, seed: int, sweep_steps: list[int]) -> dict[str, Callable[[], Pixels]]:
-    """Return how each row's picture is made, by row name."""
-    picture, tags = Image.fromarray(photograph.lr), photograph.tags
-
-    def upscale(steps: int | None, estimate: Estimate) -> Callable[[], Pixels]:
-        return lambda: np.asarray(upscaler.upscale(picture, tags=tags, seed=seed, steps=steps, estimate=estimate))
-
-    return {
-        "bicubic": lambda: upsample(photograph.lr, upscaler.bundle.config.scale),
-        "one_step": upscale(None, "one_step"),
-        "routed": upscale(None, "routed"),
-        **{f"steps-{steps}": upscale(steps, "routed") for steps in sweep_steps},
-    }
+def _crew(context: RunContext, count: int) -> Crew:
+    """Return who measures that many photographs."""
+    return SerialCrew()
 
 
-def measure(meter: Meter, picture: Pixels, original: Pixels) -> dict[str, float]:
-    """Measure one picture against its original."""
-    restored, truth = (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255 for image in (picture, original))
-    return {name: float(values[0]) for name, values in meter.measure(restored, truth).items()}
+def _request(context: RunContext) -> Request:
+    recipe = context.recipe
+    section = recipe.evaluate
+    return Request(
+        metrics={name: section.measured(name) for name in section.protocols},
+        weights=context.metric_weights,
+        seed=section.seed,
+        sweep_steps=tuple(steps for steps in section.step_sweep if steps != recipe.sampler.num_steps),
+    )
 
 
-def _save(url: str, picture: Pixels) -> None:
-    with storage.atomic_file(url) as path:
-        Image.fromarray(picture).save(path)
+def _publish(context: RunContext, url: str, photographs: Sequence[Photograph]) -> None:
+    """Write the test set, so that any other model can be measured on the very same pixels."""
+    recipe = context.recipe
+    for photograph in photographs:
+        for kind, pixels in (("lr", photograph.lr), ("original", photograph.original)):
+            assert pixels is not None  # noqa: S101 (`held_out` makes both)
+            with storage.atomic_file(storage.join(url, TEST_SET, kind, f"{photograph.name}.png")) as path:
+                save_png(pixels, path)
+    tags = {photograph.name: list(photograph.tags) for photograph in photographs}
+    facts = {"degradation": asdict(recipe.degradation), "seed": recipe.evaluate.seed, "tags": tags}
+    storage.write_json(storage.join(url, TEST_SET, "lr", TEST_SET_FILE), facts)
 
 
-def _mean(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    values = list(rows)
-    return {name: float(np.mean([row[name] for row in values])) for name in values[0]}
+def _sweep(context: RunContext, measured: Sequence[Measured], tables: Mapping[str, ProtocolTable]) -> dict[str, Mapping[str, float]]:
+    """Return the means of each number of steps under the first protocol, in order; those that are not finite are left out."""
+    recipe = context.recipe
+    first = recipe.evaluate.protocols[0]
+    means: dict[int, Mapping[str, float]] = {recipe.sampler.num_steps: tables[first].rows["routed"]}
+    for steps in recipe.evaluate.step_sweep:
+        rows = [one.values[first][f"steps-{steps}"] for one in measured if steps != recipe.sampler.num_steps]
+        if rows:
+            means[steps] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return {str(steps): {name: value for name, value in means[steps].items() if isfinite(value)} for steps in sorted(means)}
 
 
 def _headline(rows: Mapping[str, Mapping[str, float]], perceptual: str) -> str:

@@ -11,7 +11,7 @@ from linearsr.degradation_config import SecondOrderDegradation
 from linearsr.metric_table import METRICS
 from linearsr_platform import storage
 from linearsr_platform.data.sources import DISTRIBUTIONS, PACKAGE_SCHEME
-from linearsr_platform.recipe.needs import ALTERNATIVES, Need, needs_of
+from linearsr_platform.recipe.needs import ALTERNATIVES, Need, measured_metrics, needs_of
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.recipe.weight_sources import FileSource, hash_beginning
 from linearsr_platform.stages.weights_folder import folder_problem, is_part
@@ -134,7 +134,7 @@ def _fix(need: Need, command: str) -> str:
 
 def _packages(recipe: Recipe) -> Iterator[Finding]:
     """Yield the optional packages that a recipe needs."""
-    names = dict.fromkeys((*recipe.validation.metrics, *recipe.evaluate.metrics))
+    names = dict.fromkeys(name for measured in measured_metrics(recipe).values() for name in measured)
     learned = tuple(name for name in names if METRICS[name].needs != "none")
     if learned:
         yield _package("pyiqa", (", ".join(learned),), 'pip install "linearsr[metrics]"')

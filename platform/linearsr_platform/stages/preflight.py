@@ -1,10 +1,11 @@
 """What is refused before anything starts: everything that can be known without a worker."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from uuid import uuid4
 
 from linearsr.codec_source import check_codec
-from linearsr.metrics import Meter, MetricError, MissingWeightsError
+from linearsr.metrics import Meter, MetricError, MissingWeightsError, find_weights, metric_spec
 from linearsr.opencv import check_installed
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
@@ -22,7 +23,8 @@ def check_before_start(recipe: Recipe) -> None:
     check_before_training(recipe)
     if recipe.tracking.uri is not None:
         check_reachable(recipe.tracking.uri)
-    _check_metrics(recipe.evaluate.metrics, recipe.evaluate.protocol, recipe)
+    for protocol in recipe.evaluate.protocols:
+        _check_metrics(recipe.evaluate.measured(protocol), protocol, recipe)
 
 
 def check_before_training(recipe: Recipe) -> None:
@@ -36,7 +38,9 @@ def check_before_training(recipe: Recipe) -> None:
 
 def _check_metrics(names: Sequence[str], protocol: str, recipe: Recipe) -> None:
     try:
-        Meter(names, protocol, recipe.validation.weights)
+        Meter([name for name in names if metric_spec(name).scope == "picture"], protocol, recipe.validation.weights)
+        for name in names:
+            find_weights(name, None if recipe.validation.weights is None else Path(recipe.validation.weights))
     except MissingWeightsError as error:
         raise UserError(f"{error}; `linearsr prefetch RECIPE --what metrics` brings it") from error
     except MetricError as error:

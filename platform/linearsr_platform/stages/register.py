@@ -1,7 +1,7 @@
 """Stage `register`: the bundle becomes a version of a registered model, alias `challenger`."""
 
 from linearsr_platform import storage
-from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable, by_metric
+from linearsr_platform.registry.evaluation import Evaluation
 from linearsr_platform.registry.register import register
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput
@@ -10,22 +10,20 @@ from linearsr_platform.tracking.runs import TrackedRun
 
 def settings(context: RunContext) -> object:
     """Return where it is registered, under which name, and the gate it is meant for."""
-    gate = context.recipe.promote.model_dump(mode="json")
+    gate = context.recipe.gate.model_dump(mode="json")
     return {"name": context.recipe.model_name, "uri": context.tracker.uri, "gate": gate}
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Register the bundle with its evaluation and lineage."""
     name = context.recipe.model_name
-    data = context.results["evaluate"].data
-    table = ProtocolTable(protocol=data["protocol"], test_set=data["test_set"], rows=data["rows"], values=by_metric(data["photographs"]))
     with storage.local_path(bundle_url(context)) as folder:
         version = register(
             context.tracker.client,
             folder,
             name=name,
-            evaluation=Evaluation(tables={context.recipe.evaluate.protocol: table}),
+            evaluation=Evaluation.from_plain(context.results["evaluate"].data["tables"]),
             run_id=tracked.run_id,
-            rules=context.recipe.promote,
+            rules=context.recipe.gate,
         )
     return StageOutput(f"{name} version {version}, alias challenger", {"name": name, "version": version})

@@ -1,6 +1,6 @@
 """The report of a run: gathers what the stages left behind. Not a stage itself, for it is made anew every time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
@@ -10,6 +10,7 @@ from PIL import Image
 from linearsr.guard import Trip
 from linearsr.sampling import sampling_times
 from linearsr_platform import storage
+from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
 from linearsr_platform.report.html import render_report, write_report
 from linearsr_platform.report.model import (
     EstimateKind,
@@ -18,6 +19,7 @@ from linearsr_platform.report.model import (
     LineageRow,
     MetricColumn,
     PromotionRecord,
+    ProtocolScores,
     QuarantinedImage,
     ReportData,
     StageRecord,
@@ -27,6 +29,7 @@ from linearsr_platform.report.model import (
     TripRow,
 )
 from linearsr_platform.report.strips import PhotoStrip, comparison_strip
+from linearsr_platform.stages import evaluate
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.experts import boundaries_of
 from linearsr_platform.stages.prepare import manifest_of
@@ -84,15 +87,19 @@ def photo_strips(context: RunContext) -> list[PhotoStrip]:
     if "evaluate" not in context.results:
         return []
     result = context.results["evaluate"]
-    labels: dict[str, str] = {"lr": "LR", **{str(kind): label for kind, label in _labels(context).items()}, "original": "Original"}
+    labels = _labels(context)
     strips = []
     for name in result.data["names"]:
-        images = {}
-        for row, label in labels.items():
-            with storage.local_path(storage.join(result.url, "pictures", f"{name}-{row}.png")) as path:
-                images[label] = Image.open(path).convert("RGB")
+        images = {"LR": _picture(result.url, evaluate.TEST_SET, "lr", f"{name}.png")}
+        images |= {label: _picture(result.url, "pictures", f"{name}-{kind}.png") for kind, label in labels.items()}
+        images["Original"] = _picture(result.url, evaluate.TEST_SET, "original", f"{name}.png")
         strips.append(PhotoStrip(name=name, images=images))
     return strips
+
+
+def _picture(url: str, *parts: str) -> Image.Image:
+    with storage.local_path(storage.join(url, *parts)) as path:
+        return Image.open(path).convert("RGB")
 
 
 def _labels(context: RunContext) -> dict[EstimateKind, str]:
@@ -101,17 +108,43 @@ def _labels(context: RunContext) -> dict[EstimateKind, str]:
 
 def _evaluation(context: RunContext) -> dict[str, Any]:
     found = context.results["evaluate"].data
-    preset = found["protocol"]["degradation"].get("preset", "quickstart")
-    protocol = f"{found['protocol']['metrics']}; degradation {preset}"
+    tables = Evaluation.from_plain(found["tables"]).tables
+    first = tables[context.recipe.evaluate.protocols[0]]
+    degradation = first.protocol["degradation"]
+    preset = degradation.get("preset", "quickstart") if isinstance(degradation, dict) else degradation
+    protocol = f"{first.protocol['metrics']}; degradation {preset}"
+    labels = _labels(context)
     rows = [
-        EvaluationRow(kind=kind, label=label, values=found["rows"][kind], per_photograph=found["photographs"][kind])
-        for kind, label in _labels(context).items()
+        EvaluationRow(kind=kind, label=label, values=dict(first.rows[kind]), per_photograph=_by_image(first.values[kind]))
+        for kind, label in labels.items()
     ]
     return {
-        "metrics": tuple(MetricColumn(name=name, protocol=protocol) for name in context.recipe.evaluate.metrics),
+        "metrics": tuple(MetricColumn(name=name, protocol=protocol) for name in dict.fromkeys(name for row in rows for name in row.values)),
         "evaluation": tuple(rows),
+        "protocols": tuple(_scores(name, tables[name], labels) for name in context.recipe.evaluate.protocols),
+        "test_set": first.test_set,
         "sweep": tuple(SweepPoint(steps=int(steps), values=values) for steps, values in found["sweep"].items()),
     }
+
+
+def _scores(name: str, table: ProtocolTable, labels: Mapping[EstimateKind, str]) -> ProtocolScores:
+    weights = table.protocol["weights"]
+    return ProtocolScores(
+        name=name,
+        about=str(table.protocol["metrics"]),
+        images=table.images,
+        weights=weights if isinstance(weights, dict) else {},
+        values={label: dict(table.rows[kind]) for kind, label in labels.items()},
+        intervals={label: dict(table.intervals.get(kind, {})) for kind, label in labels.items()},
+    )
+
+
+def _by_image(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    images: dict[str, dict[str, float]] = {}
+    for metric, numbers in values.items():
+        for image, value in numbers.items():
+            images.setdefault(image, {})[metric] = value
+    return images
 
 
 def _curves(context: RunContext) -> list[TrainerCurve]:

@@ -1,0 +1,188 @@
+"""Measure a whole test set: pictures go to a crew one by one, what is finished stays finished, and the numbers become tables."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from linearsr.bundle import BundleError, load_bundle, with_text_encoder
+from linearsr.frechet import check_enough, frechet_inception_distance
+from linearsr.metric_table import ARTEFACTS, metric_spec
+from linearsr.metrics import MetricError, find_weights, weights_digests
+from linearsr.protocols import PROTOCOLS
+from linearsr.upscaler import Upscaler
+from linearsr_platform import storage
+from linearsr_platform.data.crew import Crew
+from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.registry.evaluation import ProtocolTable, by_metric
+from linearsr_platform.stages.measuring import Measure, Measured, Measurer, Photograph, Piece, Pixels, Request, features_of, save_png
+
+OnProgress = Callable[[int, int], None]
+"""Called with the pictures that are done, and all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeMeasurer:
+    """Makes what measures one photograph and keeps its results; picklable, so that any process can call it."""
+
+    request: Request
+    bundle_url: str | None = None
+    """Folder of the bundle; None for pictures that were made already."""
+    codec_source: str | None = None
+    """DC-AE of a bundle that has one; None is where it was."""
+    text_encoder: str | None = None
+    """Text encoder of a bundle that reads tags; None is where it was."""
+    device: str = "cpu"
+    pictures_url: str | None = None
+    """Folder that gets every picture; None keeps none."""
+    results_url: str | None = None
+    """Folder that gets each photograph's numbers; None keeps none."""
+
+    def __call__(self) -> Measure:
+        """Load the model and the metrics.
+
+        Raises:
+            UserError: if either cannot be loaded.
+        """
+        with _told():
+            measurer = Measurer(self.request, self._upscaler(), None if self.pictures_url is None else self._keep)
+
+        def measure(piece: Piece) -> Measured:
+            photograph = piece.load()
+            with _told():
+                found = measurer(photograph)
+            if self.results_url is not None:
+                # Last, so that a photograph with numbers has its pictures too.
+                storage.write_text(_file(self.results_url, photograph.name), found.to_json())
+            return found
+
+        return measure
+
+    def _upscaler(self) -> Upscaler | None:
+        if self.bundle_url is None:
+            return None
+        with storage.local_path(self.bundle_url) as folder:
+            bundle = load_bundle(folder, codec_source=self.codec_source)
+            bundle = bundle if self.text_encoder is None else with_text_encoder(bundle, self.text_encoder)
+            return Upscaler(bundle, device=self.device)
+
+    def _keep(self, photograph: Photograph, row: str, picture: Pixels) -> None:
+        assert self.pictures_url is not None  # noqa: S101 (only then it is called)
+        with storage.atomic_file(storage.join(self.pictures_url, f"{photograph.name}-{row}.png")) as path:
+            save_png(picture, path)
+
+
+def check_request(request: Request, count: int) -> None:
+    """Refuse what cannot be measured before anything is made.
+
+    Raises:
+        UserError: if weights are missing, or there are too few pictures for a metric of a whole set.
+    """
+    with _told():
+        for metric in {metric for metrics in request.metrics.values() for metric in metrics}:
+            find_weights(metric, None if request.weights is None else Path(request.weights))
+            if metric_spec(metric).scope == "set":
+                check_enough(count)
+
+
+def measure_all(photographs: Sequence[Piece], make: MakeMeasurer, choose: Callable[[int], Crew], progress: OnProgress) -> list[Measured]:
+    """Measure every photograph that was not measured yet; the result is in their order, whoever does what when.
+
+    Args:
+        photographs: with names that differ.
+        make: what a crew's processes call.
+        choose: returns who works on that many photographs.
+        progress: is told what is done.
+
+    Raises:
+        UserError: if a model or metric cannot be used, or a picture does not suit it.
+        StageError: if whoever worked on a picture died.
+    """
+    check_request(make.request, len(photographs))
+    found = [_earlier(make.results_url, photograph) for photograph in photographs]
+    left = [place for place, measured in enumerate(found) if measured is None]
+    done = len(photographs) - len(left)
+    progress(done, len(photographs))
+    if left:
+        crew = choose(len(left))
+        for position, measured in crew.map_unordered(make, [photographs[place] for place in left]):
+            found[left[position]] = measured
+            done += 1
+            progress(done, len(photographs))
+    every = [measured for measured in found if measured is not None]
+    if len(every) < len(photographs):
+        missing = [photograph.name for photograph, measured in zip(photographs, found, strict=True) if measured is None]
+        raise StageError(f"evaluate: got no numbers of {missing[0]}; expected those of all {len(photographs)} pictures; fix: run it again")
+    return every
+
+
+def tables_of(
+    names: Sequence[str], measured: Sequence[Measured], request: Request, rows: Sequence[str], how: Mapping[str, object]
+) -> dict[str, ProtocolTable]:
+    """Make the table of each protocol.
+
+    Args:
+        names, measured: of each photograph, in the same order.
+        request: what was measured.
+        rows: those that go into the tables.
+        how: what besides protocol and weights must be equal for two tables to be comparable.
+    """
+    tables = {}
+    for protocol, metrics in request.metrics.items():
+        values = {row: {name: one.values[protocol][row] for name, one in zip(names, measured, strict=True)} for row in rows}
+        digests = weights_digests((*metrics, *ARTEFACTS), request.weights)
+        facts = {"name": protocol, "metrics": PROTOCOLS[protocol].describe(), "weights": digests, **how}
+        of_the_set = {row: {"fid": _fid(protocol, row, measured)} for row in rows} if "fid" in metrics else None
+        tables[protocol] = ProtocolTable.of(
+            protocol=facts, test_set=test_set_hash(measured), values=by_metric(values), of_the_set=of_the_set
+        )
+    return tables
+
+
+def test_set_hash(measured: Sequence[Measured]) -> str:
+    """Return the identity of a test set: names and pixels, in whatever order."""
+    return stable_hash(sorted(one.digest for one in measured))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a test set in which two pictures have one name, of which one would be lost.
+
+    Raises:
+        UserError: naming one of them.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"test set: got {names.count(twice[0])} pictures named {twice[0]!r}; expected names that differ; fix: rename one")
+
+
+def _fid(protocol: str, row: str, measured: Sequence[Measured]) -> float:
+    sets = [np.stack([features_of(one.features[protocol][which]) for one in measured]) for which in (row, "original")]
+    with _told():
+        return frechet_inception_distance(*sets)
+
+
+def _earlier(results_url: str | None, photograph: Piece) -> Measured | None:
+    """Return what an interrupted run has measured of the very same pixels."""
+    if results_url is None or not storage.exists(file := _file(results_url, photograph.name)):
+        return None
+    try:
+        found = Measured.from_json(storage.read_text(file))
+    except ValueError:
+        return None
+    return found if found.digest == photograph.load().digest else None
+
+
+def _file(results_url: str, name: str) -> str:
+    return storage.join(results_url, f"{name}.json")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn refusals of model and metrics, which are the user's to mend, into the user's errors."""
+    try:
+        yield
+    except (MetricError, BundleError) as error:
+        raise UserError(str(error)) from error
