@@ -51,8 +51,8 @@ EVERY_S, AWAY_S, GONE_S, FAILING = (20.0, 40.0), 5.0, 150.0, 0.1
 """Ray's own last processes go two minutes after the rest."""
 MARK = "LINEARSR_SOAK"
 """Environment variable by which processes that come from here are known, whoever their parent is now."""
-STEPS_PER_MINUTE = 300
-"""Much less than two cores do undisturbed: most of the time goes into starting again. Faults stop when the time is over, so that too many
+STEPS_PER_MINUTE = 700
+"""A half of what two quiet cores do undisturbed: the rest goes into starting again. Faults stop when the time is over, so that too many
 steps only make it longer."""
 
 
