@@ -223,7 +223,8 @@ def _tables(
     from linearsr_platform.stages.measured_set import tables_of
     from linearsr_platform.stages.measuring import RESTORED
 
-    how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed) | test_set.named
+    how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed)
+    how |= test_set.named
     if RESTORED in rows:
         how |= {"seed": None, "pictures": "finished: measured as they are, without the protocol's colour fix", "grid_px": request.grid_px}
     return tables_of([photograph.name for photograph in test_set.photographs], measured, request, rows, how)
