@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from fsspec import AbstractFileSystem
@@ -39,6 +39,7 @@ __all__ = [
     "is_local",
     "is_shared",
     "join",
+    "kind",
     "list_files",
     "list_folders",
     "local_path",
@@ -155,6 +156,12 @@ def look(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
         return dict(fs.info(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def kind(url: str) -> Literal["file", "folder"] | None:
+    """Tell what is there; None if nothing is."""
+    there = call(url, look)
+    return None if there is None else "folder" if there["type"] == "directory" else "file"
 
 
 def size_and_version(url: str) -> tuple[int, str]:
@@ -307,8 +314,7 @@ def list_files(url: str, pattern: str = "*") -> list[str]:
 
 def list_folders(url: str) -> list[str]:
     """List the URLs of the folders directly inside a folder, in order of name; [] if there is no such folder."""
-    there = call(url, look)
-    if there is None or there["type"] != "directory":
+    if kind(url) != "folder":
         return []
     entries: list[dict[str, Any]] = call(url, lambda fs, path: list(fs.ls(path, detail=True)))
     names = (name_of(entry["name"]) for entry in entries if entry["type"] == "directory")

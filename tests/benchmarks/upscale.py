@@ -24,8 +24,8 @@ from linearsr.experts import bisect_boundaries
 from linearsr.memory import MemoryModel
 from linearsr.model import SuperResolver
 from linearsr.timing import Stopwatch
-from linearsr_platform.cli.upscale_jobs import Job
-from linearsr_platform.cli.upscale_run import Machine, UpscaleRun
+from linearsr_platform.stages.picture_work import Job
+from linearsr_platform.stages.upscaling import Machine, UpscaleRun
 
 TIMES = (1.0, 0.93, 0.87, 0.05)
 VARIANTS = {
@@ -75,7 +75,7 @@ def measure(bundle: Bundle, job: Job, settings: dict) -> dict[str, tuple[int, fl
 def time_table(bundle: Bundle, folder: Path, rounds: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).save(folder / "in.png")
-    job = Job(folder / "in.png", folder / "out.png")
+    job = Job(str(folder / "in.png"), str(folder / "out.png"))
     measured: dict[str, list[dict[str, tuple[int, float]]]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
         for name, settings in VARIANTS.items():

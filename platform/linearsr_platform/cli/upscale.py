@@ -1,8 +1,6 @@
-"""`linearsr upscale`: image files to larger image files, with a bundle or a registered model."""
+"""`linearsr upscale`: image files to larger image files, with a bundle or a registered model, here or on a Ray cluster."""
 
 import json
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,15 +12,17 @@ from linearsr_platform.errors import StageError, UserError
 if TYPE_CHECKING:
     from linearsr.bundle import Bundle
     from linearsr.enlarge import Enlargement
-    from linearsr_platform.cli.upscale_jobs import Work
-    from linearsr_platform.cli.upscale_run import Machine, Outcome, UpscaleRun
+    from linearsr_platform.cli.upscale_where import Here, Pool
+    from linearsr_platform.stages.picture_work import Work
+    from linearsr_platform.stages.upscaling import Outcome
 
 Source = Annotated[
-    Path, typer.Argument(metavar="IN", help="An image, a folder of them, a glob, or a WebDataset shard (.tar).", show_default=False)
+    str,
+    typer.Argument(metavar="IN", help="An image, a folder, a glob or a WebDataset shard (.tar); a path or a URL.", show_default=False),
 ]
 Target = Annotated[
-    Path | None,
-    typer.Argument(metavar="OUT", help="File, folder or shard to write; a file's suffix sets its format.", show_default=False),
+    str | None,
+    typer.Argument(metavar="OUT", help="File, folder or shard to write, path or URL; a suffix sets the format.", show_default=False),
 ]
 Model = Annotated[
     str, typer.Option(metavar="MODEL", help="Folder of a bundle, models:/NAME@ALIAS or models:/NAME/VERSION.", show_default=False)
@@ -51,6 +51,32 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that
 Plan = Annotated[bool, typer.Option("--plan", help="Say sizes, tokens, tiles and memory, and do nothing.")]
 Timings = Annotated[bool, typer.Option("--timings", help="Show where the time goes, part by part.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of a process; a worker has 1 unless told, and as many CPUs.", show_default=False)
+]
+WORKERS = "Workers (Ray)"
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", rich_help_panel=WORKERS, show_default=False,
+        help="Spread files over workers of this Ray cluster. MODEL is sent to them; other paths are paths of its machines.",
+    ),
+]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, rich_help_panel=WORKERS, show_default=False,
+        help="So many workers on this machine; with --address at most so many of the cluster, which by default are all that fit.",
+    ),
+]  # fmt: skip
+Gpus = Annotated[float, typer.Option("--gpus-per-worker", min=0, rich_help_panel=WORKERS, help="GPUs that a worker reserves.")]
+Secrets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--secret", metavar="NAME=REFERENCE", rich_help_panel=WORKERS, show_default=False,
+        help="Environment variable by where every machine finds its value: env:NAME or file:PATH; may be repeated.",
+    ),
+]  # fmt: skip
 
 
 def upscale(
@@ -77,54 +103,63 @@ def upscale(
     plan: Plan = False,
     timings: Timings = False,
     as_json: AsJson = False,
+    threads: Threads = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: Gpus = 0.0,
+    secrets: Secrets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Enlarge an image, or every image of a folder, a glob or a shard."""
-    _check("--estimate", estimate, ("routed", "one_step"))
-    _check("--colour-fix", colour_fix, ("wavelet", "adain", "none"))
-    _check("--residency", residency, ("auto", "all", "one"))
-    if target is None and not plan:
-        raise UserError("upscale: got no OUT; expected a file or folder to write; fix: name it, or say --plan")
+    """Enlarge an image, or every image of a folder, a glob or a shard. Interrupted, the same command does the rest."""
+    _check_choices(estimate=estimate, colour_fix=colour_fix, residency=residency, memory=memory)
+    _require_target(target, plan=plan)
     from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
+    from linearsr_platform.cli.upscale_where import Asked, Here, Spread, show
 
     quiet_libraries(verbose=verbose)
     from linearsr.schedule import UnvisitedExpertWarning
-    from linearsr.timing import Stopwatch
-    from linearsr_platform.cli.upscale_jobs import find_work
-    from linearsr_platform.cli.upscale_run import UpscaleRun, failures, timing_table, timings_as_json
+    from linearsr_platform.stages.picture_work import find_work
 
     tell_warnings(UnvisitedExpertWarning)
+    spread = address is not None or workers is not None
+    pool = Spread(address, workers, threads or 1, gpus_per_worker, tuple(secrets or ()), verbose)
+    pool.prepare(plan=plan, timings=timings) if spread else pool.refuse_alone()
     work = find_work(source, target)
-    request = _request(scale=scale, size=size, longest=longest, steps=steps, estimate=estimate, colour_fix=colour_fix, tags=tags, seed=seed)
-    machine = _machine(device, memory, residency, tile)
-    watch = Stopwatch(machine.device, enabled=timings or as_json)
-    with watch.section("load"):
-        bundle = load(model, storage, tracking_uri, text_encoder=text_encoder, codec=codec)
-    run = UpscaleRun(bundle, request, machine, watch)
-    outcomes = _show(run, work, plan=plan, overwrite=overwrite, as_json=as_json)
-    failed = failures(outcomes)
-    if as_json:
-        facts = {"pictures": [outcome.as_json() for outcome in outcomes], "timings": timings_as_json(watch)}
-        typer.echo(json.dumps(facts, allow_nan=False))
-    elif timings and not plan:
-        typer.echo(timing_table(watch))
-    if failed:
-        if work.single and len(outcomes) == 1:
-            raise UserError(failed[0])
-        raise StageError("\n".join([f"{len(failed)} of {len(outcomes)} failed", *failed]))
+    asked = Asked(
+        open=lambda at, encoder: load(model, storage, tracking_uri, codec=at, text_encoder=encoder),
+        codec=codec,
+        text_encoder=text_encoder,
+        request=_request(scale, size, longest, steps=steps, estimate=estimate, colour_fix=colour_fix, tags=tags, seed=seed),
+        device=device,
+        memory_gb=memory,
+        residency=None if residency == "auto" else residency,  # type: ignore[arg-type]
+        tile=tile,
+    )
+    place = pool.over(asked, work) if spread else Here(asked, threads, plan=plan, measured=timings or as_json)
+    outcomes = show(work, place.do, skip=not (overwrite or plan), as_json=as_json)
+    _report(outcomes, place, timings=timings and not plan, as_json=as_json)
+    _raise_failures(outcomes, work)
 
 
 def load(model: str, storage_root: str, tracking_uri: str | None, *, text_encoder: str | None = None, codec: str | None = None) -> "Bundle":
     """Return the bundle that `model` names, checked against its hashes, with text encoder and DC-AE where they are here."""
-    from linearsr.bundle import BundleError, load_bundle, with_text_encoder
     from linearsr_platform.registry.models import resolve
+    from linearsr_platform.stages.upscaling import open_bundle
 
-    folder = resolve(model, lambda: existing_store(storage_root, tracking_uri))
-    try:
-        bundle = load_bundle(folder, codec_source=codec)
-        return bundle if text_encoder is None else with_text_encoder(bundle, text_encoder)
-    except BundleError as error:
-        raise UserError(str(error)) from error
+    return open_bundle(resolve(model, lambda: existing_store(storage_root, tracking_uri)), codec, text_encoder)
+
+
+def _check_choices(*, estimate: str, colour_fix: str, residency: str, memory: float | None) -> None:
+    if memory is not None and memory <= 0:
+        raise UserError(f"--memory: got {memory}; expected gigabytes above 0")
+    _check("--estimate", estimate, ("routed", "one_step"))
+    _check("--colour-fix", colour_fix, ("wavelet", "adain", "none"))
+    _check("--residency", residency, ("auto", "all", "one"))
+
+
+def _require_target(target: str | None, *, plan: bool) -> None:
+    if target is None and not plan:
+        raise UserError("upscale: got no OUT; expected a file or folder to write; fix: name it, or say --plan")
 
 
 def _check(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -133,10 +168,10 @@ def _check(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _request(
-    *,
     scale: float | None,
     size: str | None,
     longest: int | None,
+    *,
     steps: int | None,
     estimate: str,
     colour_fix: str,
@@ -155,48 +190,18 @@ def _request(
     return Enlargement(wanted=wanted, tags=words, seed=seed, steps=steps, estimate=estimate, colour_fix=colour_fix)  # type: ignore[arg-type]
 
 
-def _machine(device: str, memory_gb: float | None, residency: str, tile: int | None) -> "Machine":
-    """Turn options into where it runs."""
-    import torch
-
-    from linearsr_platform.cli.upscale_run import Machine, usable_memory
-
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise UserError(f"--device: got {device!r}; expected auto, cpu or cuda") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device: got {device!r}; expected a device of this machine; fix: --device cpu")
-    if memory_gb is not None and memory_gb <= 0:
-        raise UserError(f"--memory: got {memory_gb}; expected gigabytes above 0")
-    kept = None if residency == "auto" else residency
-    return Machine(chosen, usable_memory(chosen, memory_gb), kept, tile)  # type: ignore[arg-type]
+def _report(outcomes: "list[Outcome]", place: "Here | Pool", *, timings: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"pictures": [outcome.as_json() for outcome in outcomes], **place.timings()}, allow_nan=False))
+    elif timings:
+        typer.echo(place.timing_table())
 
 
-def _show(run: "UpscaleRun", work: "Work", *, plan: bool, overwrite: bool, as_json: bool) -> "list[Outcome]":
-    """Go through the jobs with a progress display; in the way of JSON on standard output nothing else is written there."""
-    from rich.console import Console
+def _raise_failures(outcomes: "list[Outcome]", work: "Work") -> None:
+    from linearsr_platform.stages.upscaling import failures
 
-    from linearsr_platform.cli.progress import make_display
-    from linearsr_platform.cli.upscale_run import Outcome
-
-    outcomes: list[Outcome] = []
-    started_s = time.monotonic()
-    with make_display(Console(stderr=True) if as_json else None) as display:
-        display.stage_started("upscale")
-        display.task("upscale", len(work.jobs), "files")
-        for done, job in enumerate(work.jobs, start=1):
-            if plan:
-                made = run.plan(job)
-            elif job.target.exists() and not overwrite:
-                made = [Outcome(str(job.source), str(job.target), "skipped")]
-            else:
-                made = run.enlarge(job)
-            outcomes += made
-            for line in (line for outcome in made if outcome.status != "failed" for line in outcome.lines()):
-                display.message(line)
-            display.update("upscale", done, len(work.jobs))
-        counts = {status: sum(one.status == status for one in outcomes) for status in ("done", "planned", "skipped", "failed")}
-        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        display.stage_finished("upscale", time.monotonic() - started_s, said)
-    return outcomes
+    failed = failures(outcomes)
+    if failed and work.single and len(outcomes) == 1:
+        raise UserError(failed[0])
+    if failed:
+        raise StageError("\n".join([f"{len(failed)} of {len(outcomes)} failed", *failed]))

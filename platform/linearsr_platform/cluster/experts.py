@@ -181,6 +181,11 @@ def _train(
 def room_of(cluster: ClusterConfig) -> Room:
     """Return what the connected cluster has; memory only of a local one, whose trainers share it with nobody."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    shares = tuple(Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0)) for resources in nodes)
     memory_bytes = sum(resources.get("memory", 0.0) for resources in nodes) if cluster.address is None else None
-    return Room(nodes=shares, memory_bytes=memory_bytes)
+    return Room(nodes=machines(), memory_bytes=memory_bytes)
+
+
+def machines() -> tuple[Share, ...]:
+    """Return what each machine of the connected cluster has in all."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return tuple(Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0)) for resources in nodes)

@@ -8,6 +8,8 @@ import numpy as np
 
 from linearsr.degradation import degrade
 from linearsr_platform import storage
+from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.data.crew import Crew, SerialCrew
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.registry.evaluation import ProtocolTable
@@ -88,8 +90,11 @@ def held_out(context: RunContext) -> list[Photograph]:
 
 
 def _crew(context: RunContext, count: int) -> Crew:
-    """Return who measures that many photographs."""
-    return SerialCrew()
+    """Return who measures that many photographs: workers of the cluster from `data.parallel_from` on."""
+    if count < context.recipe.data.parallel_from:
+        return SerialCrew()
+    context.open_cluster()
+    return RayCrew(Share(cpus=context.recipe.cluster.cpus_per_worker))
 
 
 def _request(context: RunContext) -> Request:

@@ -1,28 +1,30 @@
-"""Enlarge many pictures: one plan, one model, and a word on each."""
+"""Enlarge many pictures, here or in a worker: one model, a plan for each, and a word on each."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path, PurePosixPath
 
 import torch
 
-from linearsr.bundle import Bundle
+from linearsr.bundle import Bundle, BundleError, load_bundle, with_text_encoder
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
 from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes
 from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
-from linearsr.pictures import Picture, PictureError, decode_picture, read_picture
+from linearsr.pictures import Picture, PictureError, decode_picture
 from linearsr.residency import Residency
 from linearsr.sizing import SizePlan
 from linearsr.text import TextEncoderError
 from linearsr.timing import Stopwatch
 from linearsr.upscaler import Upscaler
 from linearsr_platform import storage
-from linearsr_platform.cli.upscale_jobs import Job
 from linearsr_platform.data.picture_shards import Members, read_members, write_members
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.remote import shown
+from linearsr_platform.stages.picture_work import Job
 
 REFUSALS = (PictureError, PictureTooLarge, StageError)
 """What is wrong with one picture or shard, and no reason to leave out the others."""
@@ -35,9 +37,12 @@ class Machine:
     device: torch.device
     memory_bytes: int
     residency: Residency | None = None
-    """None is chosen by the first picture."""
+    """None is chosen for each picture."""
     tile: int | None = None
     """Tokens along a tile's side; None is chosen for each picture."""
+    cuts: bool = True
+    """Whether a picture that does not fit whole may be cut into tiles that nobody asked for: how depends on the memory, and pictures on
+    how they are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Outcome:
 
 @dataclass
 class UpscaleRun:
-    """Enlarges files one after the other; the model is loaded when the first one needs it."""
+    """Enlarges files one after the other; the model is loaded when the first one needs it. Files do not depend on those before them."""
 
     bundle: Bundle
     request: Enlargement
@@ -84,22 +89,22 @@ class UpscaleRun:
     memory: MemoryModel = field(init=False)
     _upscaler: Upscaler | None = None
     _residency: Residency | None = None
+    """Of the loaded model."""
 
     def __post_init__(self) -> None:
         """Read what the plan needs."""
         self.memory = MemoryModel.of(self.bundle, self.machine.device.type)
-        self._residency = self.machine.residency
 
     def plan(self, job: Job) -> list[Outcome]:
         """Say what would be done with a file, picture by picture, without a network."""
         if not job.is_shard:
-            return [self._planned(str(job.source), str(job.target), partial(read_picture, job.source))]
+            return [self._planned(job.name, shown(job.target), partial(read_source, job))]
         found = []
-        for key, members in read_members(str(job.source)):
+        for key, members in read_members(job.source):
             for name in members:
                 if _is_picture(name):
-                    read = partial(decode_picture, members[name], f"{job.source}: {key}.{name}")
-                    found.append(self._planned(f"{job.source}: {key}.{name}", str(job.target), read))
+                    read = partial(decode_picture, members[name], f"{job.name}: {key}.{name}")
+                    found.append(self._planned(f"{job.name}: {key}.{name}", shown(job.target), read))
         return found
 
     def enlarge(self, job: Job) -> list[Outcome]:
@@ -108,41 +113,41 @@ class UpscaleRun:
             return self._enlarge_shard(job)
         try:
             with self.stopwatch.section("read"):
-                picture = read_picture(job.source)
-            content, outcome = self._enlarge_picture(picture, str(job.source), str(job.target), job.target.suffix)
+                picture = read_source(job)
+            content, outcome = self._enlarge_picture(picture, job.name, shown(job.target), PurePosixPath(job.target).suffix)
         except REFUSALS as error:
-            return [_failed(str(job.source), str(job.target), error)]
+            return [_failed(job.name, shown(job.target), error)]
         with self.stopwatch.section("write"):
-            storage.write_bytes(str(job.target), content)
+            storage.write_bytes(job.target, content)
         return [outcome]
 
     def _enlarge_shard(self, job: Job) -> list[Outcome]:
         outcomes: list[Outcome] = []
         try:
-            write_members(str(job.target), self._enlarged_samples(job, outcomes))
+            write_members(job.target, self._enlarged_samples(job, outcomes))
         except StageError as error:
-            return [_failed(str(job.source), str(job.target), error)]
+            return [_failed(job.name, shown(job.target), error)]
         return outcomes
 
     def _enlarged_samples(self, job: Job, outcomes: list[Outcome]) -> Iterator[tuple[str, Members]]:
         """Yield each sample with its pictures enlarged; a sample with a picture that cannot be is left out."""
-        for key, members in read_members(str(job.source)):
+        for key, members in read_members(job.source):
             made: dict[str, bytes] = {}
             done: list[Outcome] = []
             try:
                 for name, content in members.items():
                     new_name, new_content = name, content
                     if _is_picture(name):
-                        called = f"{job.source}: {key}.{name}"
+                        called = f"{job.name}: {key}.{name}"
                         with self.stopwatch.section("read"):
                             picture = decode_picture(content, called)
                         suffix = output_suffix(f".{name}")
                         new_name = suffix[1:]
-                        new_content, outcome = self._enlarge_picture(picture, called, f"{job.target}: {key}.{new_name}", suffix)
+                        new_content, outcome = self._enlarge_picture(picture, called, f"{shown(job.target)}: {key}.{new_name}", suffix)
                         done.append(outcome)
                     made[new_name] = new_content
             except REFUSALS as error:
-                outcomes.append(_failed(f"{job.source}: {key}", str(job.target), error))
+                outcomes.append(_failed(f"{job.name}: {key}", shown(job.target), error))
                 continue
             outcomes += done
             if len(done) == 1 and done[0].sizes is not None:
@@ -167,12 +172,22 @@ class UpscaleRun:
         return Outcome(source, target, "planned", (*picture.notes, *((sizes.note,) if sizes.note else ())), sizes, plan)
 
     def _plans(self, picture: Picture) -> tuple[SizePlan, MemoryPlan]:
-        budget = self.machine.memory_bytes
-        return plan_enlargement(picture.size, self.request, self.memory, budget, residency=self._residency, tile=self.machine.tile)
+        machine = self.machine
+        sizes, plan = plan_enlargement(
+            picture.size, self.request, self.memory, machine.memory_bytes, residency=machine.residency, tile=machine.tile
+        )
+        if plan.tile is not None and machine.tile is None and not machine.cuts:
+            raise PictureTooLarge(
+                f"memory: got {machine.memory_bytes / 1e9:.2f} GB for a worker; expected enough for {_size(picture.size)} px whole: in "
+                "tiles it would depend on how much a worker has; fix: --memory GB or --tile TOKENS, the same for all, or larger workers"
+            )
+        return sizes, plan
 
     def _loaded(self, residency: Residency) -> Upscaler:
-        if self._upscaler is None:
-            self._residency = residency
+        """Return the model, loaded; one that holds fewer experts than it might is right for every picture, and gives the same."""
+        if self._upscaler is None or (residency, self._residency) == ("one", "all"):
+            # Both at once may not fit.
+            self._upscaler, self._residency = None, residency
             try:
                 with self.stopwatch.section("load"):
                     made = Upscaler(self.bundle, device=self.machine.device, residency=residency, stopwatch=self.stopwatch)
@@ -185,9 +200,55 @@ class UpscaleRun:
         return self._upscaler
 
 
-def usable_memory(device: torch.device, memory_gb: float | None) -> int:
-    """Return the bytes a plan may use: what the user allows, else a share of what is free now."""
-    return int(free_bytes(device) * USABLE) if memory_gb is None else int(memory_gb * 1e9)
+def read_source(job: Job) -> Picture:
+    """Read the picture of a job, local or remote.
+
+    Raises:
+        PictureError: if it cannot be read or decoded.
+    """
+    try:
+        content = storage.read_bytes(job.source)
+    except OSError as error:
+        reason = error.strerror or shown(str(error))
+        raise PictureError(f"{job.name}: cannot be read: {reason}; expected a picture file; fix: check the path") from error
+    return decode_picture(content, job.name)
+
+
+def machine_here(
+    device: str, memory_gb: float | None, residency: Residency | None, tile: int | None, *, share: float = 1.0, cuts: bool = True
+) -> Machine:
+    """Return this process's machine as options ask for it.
+
+    Args:
+        device: of torch; `auto` is CUDA where there is one.
+        memory_gb: memory to use; None takes most of what is free now.
+        residency, tile, cuts: see `Machine`.
+        share: part of the free memory that is this process's, if `memory_gb` is None.
+
+    Raises:
+        UserError: if this machine has no such device.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise UserError(f"--device: got {device!r}; expected auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device: got {device!r}; expected a device of this machine; fix: --device cpu")
+    memory_bytes = int(free_bytes(chosen) * USABLE * share) if memory_gb is None else int(memory_gb * 1e9)
+    return Machine(chosen, memory_bytes, residency, tile, cuts)
+
+
+def open_bundle(folder: Path, codec: str | None, text_encoder: str | None) -> Bundle:
+    """Return a bundle, checked against its hashes, with text encoder and DC-AE where they are on this machine.
+
+    Raises:
+        UserError: if something is missing, or is another than it was.
+    """
+    try:
+        bundle = load_bundle(folder, codec_source=codec)
+        return bundle if text_encoder is None else with_text_encoder(bundle, text_encoder)
+    except BundleError as error:
+        raise UserError(str(error)) from error
 
 
 def describe(plan: MemoryPlan) -> str:
