@@ -75,3 +75,29 @@ def test_what_drives_each_trainer(cluster, undisturbed: Path, tmp_path: Path, vi
     assert sum("was lost" in message for message in watch.messages) == len(jobs)
     assert_equal(tmp_path, undisturbed, [job.name for job in jobs])
     assert free_cpus() == 2
+
+
+def test_a_controller_before_all_workers_have_started(cluster, tmp_path: Path) -> None:
+    """Ray Train does not know yet what to give back, and the trainer that starts again needs all that there is."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+    from ray.util.state import list_actors
+    from three_stages import STEPS, Watch, jobs_of, train
+    from toy_training import free_cpus
+
+    (job,) = jobs_of(tmp_path, stages=(1,), pause_s=0.0)
+    killed: list[int] = []
+
+    def kill_early(watch: Watch) -> None:
+        if killed or not any(group["state"] == "CREATED" for group in placement_group_table().values()):
+            return
+        assert not watch.starts
+        alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
+        killed.extend(actor.pid for actor in list_actors(ray.get_runtime_context().gcs_address, filters=alive))
+        os.kill(killed[0], signal.SIGKILL)
+
+    watch = Watch(kill_early)
+    train([job], cluster, tmp_path, watch, cpus=1.0)
+    assert len(killed) == 1
+    assert watch.step(job.name) == STEPS
+    assert free_cpus() == 2

@@ -1,6 +1,7 @@
 """Several trainers at once, each its own Ray Train run; those that find no room wait their turn."""
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits, require_room
 from linearsr_platform.cluster.record import finished_outcome, run_name
+from linearsr_platform.cluster.reservations import release_abandoned
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
@@ -21,6 +23,9 @@ from linearsr_platform.train.outcome import TrainOutcome
 POLL_S = 0.3
 CANCEL_S = 30.0
 """How long cancelled trainers get to give their workers back."""
+
+RELEASE_S = 3.0
+"""Between two looks for what lost trainers have reserved."""
 
 logger = logging.getLogger(__name__)
 OnPoll = Callable[[list[Event]], None]
@@ -99,6 +104,7 @@ class _Fleet:
         self._storage_url, self._board, self._keep = storage_url, board, keep
         self._running: dict[Ref, TrainJob] = {}
         self._restarts: Counter[str] = Counter()
+        self._released_s = float("-inf")
         # Ray Train's helper that gives back the CPUs of a trainer whose driving process is lost looks for the cluster by itself, and
         # fails where several run on one machine. Children of the task inherit the variable.
         self._address = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
@@ -116,6 +122,7 @@ class _Fleet:
                         queue.append(job)
                     else:
                         results[job.name] = self._told(result, job)
+                self._release()
                 on_poll(self._board.drain())
         finally:
             self._cancel()
@@ -143,6 +150,12 @@ class _Fleet:
         text = f"the process that drives {job.name} was lost; starting it again, from its last checkpoint"
         self._board.push(job.name, "message", 0, {}, {"text": text})
         return True
+
+    def _release(self) -> None:
+        """Give back what lost trainers had reserved; now and then, because a controller may die some time after the task that drives it."""
+        if self._restarts and time.monotonic() >= self._released_s + RELEASE_S:
+            release_abandoned()
+            self._released_s = time.monotonic()
 
     def _told(self, result: Result, job: TrainJob) -> Result:
         if isinstance(result, TrainOutcome):
