@@ -174,6 +174,12 @@ def test_timings_name_every_part_and_add_up(bundle: Path, tmp_path: Path) -> Non
         (("a.png", "o.png", "--residency", "two"), "expected auto, all or one"),
         (("a.png", "o.png", "--memory", "-1"), "expected gigabytes above 0"),
         (("s.tar", "o.png"), "because s.tar is a shard"),
+        (("a.png", "--workers", "2", "--plan"), "a plan is made in this process; fix: leave out --address and --workers"),
+        (("a.png", "o.png", "--address", "auto", "--timings"), "workers do not measure their parts"),
+        (("a.png", "o.png", "--gpus-per-worker", "1"), "--gpus-per-worker: got it without workers"),
+        (("a.png", "o.png", "--secret", "KEY=env:KEY"), "--secret: got it without workers"),
+        (("a.png", "o.png", "--workers", "1", "--secret", "KEY=hunter2"), "got a wrong reference for 'KEY'; expected NAME=env:VARIABLE"),
+        (("a.png", "memory://o.png", "--workers", "1"), "the memory of this process; expected a place that workers see"),
     ],
 )
 def test_mistakes_exit_with_2(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str) -> None:
@@ -183,6 +189,7 @@ def test_mistakes_exit_with_2(bundle: Path, tmp_path: Path, monkeypatch: pytest.
     code, output = run(*arguments, "--model", bundle)
     assert code == 2, output
     assert said in " ".join(output.split())
+    assert "hunter2" not in output
     assert not Path("o.png").exists()
 
 

@@ -1,7 +1,7 @@
-"""Which picture becomes which file: the same on this machine's disk and in a store."""
+"""Which file becomes which: folders, globs and shards, on this machine and in a store, and what of it is done already."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -9,64 +9,94 @@ from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 from linearsr_platform.stages.picture_work import Job, find_work
 
-FILES = ("a.png", "deep/b.tif", "deep/er/c.jpg", "deep/notes.txt", "shard.tar")
+FILES = ("a.png", "b.TIF", "c.txt", "deeper/d.jpg", "deeper/still/e.webp", "deeper/f.tar", "other/g.png")
+STORE = "memory://picture-work"
 
 
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder with pictures."""
-    root = str(tmp_path / "in") if request.param == "local" else f"memory://{uuid4().hex}/in"
+@pytest.fixture(params=["local", "relative", "file", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A place with the files in `in`."""
+    monkeypatch.chdir(tmp_path)
+    place = {"local": str(tmp_path), "relative": "data", "file": f"file://{tmp_path}", "memory": STORE}[request.param]
     for name in FILES:
-        storage.write_bytes(storage.join(root, name), b"")
-    return root
+        storage.write_bytes(storage.join(place, "in", name), b"x")
+    yield place
+    storage.remove(STORE)
 
 
-def pairs(root: str, source: str, target: str) -> dict[str, str]:
-    return {job.source.removeprefix(f"{root}/"): job.target.removeprefix(target) for job in find_work(source, target).jobs}
+def pairs(root: str, source: str, target: str = "out") -> dict[str, str]:
+    """Return target by source, both below the place."""
+    start = len(storage.absolute(root)) + 1
+    jobs = [job.absolute() for job in find_work(f"{root}/{source}", f"{root}/{target}").jobs]
+    return {job.source[start:]: job.target[start:] for job in jobs}
 
 
-def test_a_folder_keeps_its_structure(root: str) -> None:
-    out = storage.join(storage.parent(root), "out")
-    assert pairs(root, root, out) == {
-        "a.png": "/a.png",
-        "deep/b.tif": "/deep/b.png",
-        "deep/er/c.jpg": "/deep/er/c.jpg",
-        "shard.tar": "/shard.tar",
+def test_a_folder_keeps_its_structure_and_what_cannot_be_written_becomes_png(root: str) -> None:
+    expected = {
+        "in/a.png": "out/a.png",
+        "in/b.TIF": "out/b.png",
+        "in/deeper/d.jpg": "out/deeper/d.jpg",
+        "in/deeper/f.tar": "out/deeper/f.tar",
+        "in/deeper/still/e.webp": "out/deeper/still/e.webp",
+        "in/other/g.png": "out/other/g.png",
     }
+    assert pairs(root, "in") == expected
+    assert pairs(root, "in/") == expected
 
 
 @pytest.mark.parametrize(
     ("pattern", "found"),
-    [("**/*.jpg", {"deep/er/c.jpg"}), ("*.png", {"a.png"}), ("deep/*", {"deep/b.tif", "deep/er/c.jpg"}), ("d*p/b.*", {"deep/b.tif"})],
+    [
+        ("in/*.png", {"in/a.png": "out/a.png"}),
+        ("in/**/*.png", {"in/a.png": "out/a.png", "in/other/g.png": "out/other/g.png"}),
+        ("in/*/[df].*", {"in/deeper/d.jpg": "out/deeper/d.jpg", "in/deeper/f.tar": "out/deeper/f.tar"}),
+        ("in/deeper/s*", {"in/deeper/still/e.webp": "out/still/e.webp"}),
+        ("in/?.T*", {"in/b.TIF": "out/b.png"}),
+    ],
 )
-def test_a_glob_is_that_of_the_shell_wherever_the_pictures_are(root: str, pattern: str, found: set[str]) -> None:
-    out = storage.join(storage.parent(root), "out")
-    assert set(pairs(root, storage.join(root, pattern), out)) == found
+def test_a_glob_means_the_same_wherever_the_files_are(root: str, pattern: str, found: dict[str, str]) -> None:
+    assert pairs(root, pattern) == found
 
 
-def test_what_is_there_is_finished(root: str) -> None:
-    out = storage.join(storage.parent(root), "out")
-    storage.write_bytes(storage.join(out, "deep/b.png"), b"")
-    work = find_work(root, out)
-    assert work.finished() == {Job(storage.join(root, "deep/b.tif"), storage.join(out, "deep/b.png"))}
-    one = find_work(storage.join(root, "a.png"), storage.join(out, "x.webp"))
-    assert one.single
-    assert one.finished() == frozenset()
-    storage.write_bytes(storage.join(out, "x.webp"), b"")
-    assert one.finished() == set(one.jobs)
-    assert find_work(storage.join(root, "a.png"), out + "/new/").jobs[0].target == storage.join(out, "new/a.png")
+def test_one_file_goes_into_a_folder_or_to_a_name(root: str) -> None:
+    assert pairs(root, "in/b.TIF", "large.jpg") == {"in/b.TIF": "large.jpg"}
+    assert pairs(root, "in/b.TIF", "in/other") == {"in/b.TIF": "in/other/b.png"}
+    assert pairs(root, "in/b.TIF", "new/") == {"in/b.TIF": "new/b.png"}
+    assert pairs(root, "in/deeper/f.tar", "new/") == {"in/deeper/f.tar": "new/f.tar"}
+    assert find_work(f"{root}/in/a.png", None).jobs[0].absolute().target == storage.join(root, "in/a-enlarged.png")
 
 
-def test_mistakes_are_named(root: str) -> None:
-    for source, target, message in (
-        (storage.join(root, "none.png"), "out.png", "no such file or folder"),
-        (storage.join(root, "*.bmp"), "out", "matches no image"),
-        (storage.join(root, "a.png"), storage.join(root, "a.gif"), "got suffix '.gif'"),
-        (storage.join(root, "shard.tar"), storage.join(root, "a.png"), "because .*shard.tar is a shard"),
-        (root, storage.join(root, "a.png"), "got a file; expected a folder"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_work(source, target)
-    storage.write_bytes(storage.join(root, "deep/b.png"), b"")
-    with pytest.raises(UserError, match="expected one source for each file"):
-        find_work(root, storage.join(storage.parent(root), "out"))
+def test_what_is_finished_is_known(root: str) -> None:
+    work = find_work(f"{root}/in", f"{root}/out")
+    assert work.finished() == frozenset()
+    storage.write_bytes(storage.join(root, "out/deeper/d.jpg"), b"y")
+    assert [Path(job.source).name for job in work.finished()] == ["d.jpg"]
+    one = find_work(f"{root}/in/a.png", f"{root}/one.png")
+    assert (one.single, one.finished()) == (True, frozenset())
+    storage.write_bytes(storage.join(root, "one.png"), b"y")
+    assert one.finished() == frozenset(one.jobs)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "said"),
+    [
+        ("in/absent.png", "out.png", "no such file or folder"),
+        ("in/*.bmp", "out", "matches no image"),
+        ("in/a.png", "out.tiff", "expected one of .png"),
+        ("in/deeper/f.tar", "out.png", "is a shard"),
+        ("in", "in/a.png", "got a file; expected a folder"),
+    ],
+)
+def test_mistakes_are_named(root: str, source: str, target: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        find_work(f"{root}/{source}", f"{root}/{target}")
+
+
+def test_two_sources_of_one_target_are_refused(root: str) -> None:
+    storage.write_bytes(storage.join(root, "in/b.png"), b"x")
+    with pytest.raises(UserError, match=r"expected one source for each file"):
+        find_work(f"{root}/in", f"{root}/out")
+
+
+def test_a_job_shows_no_password() -> None:
+    assert Job("ftp://me:secret@host/a.png", "b.png").name == "ftp://***@host/a.png"

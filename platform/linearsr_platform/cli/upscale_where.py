@@ -17,10 +17,6 @@ from linearsr.residency import Residency
 from linearsr.timing import Stopwatch
 from linearsr_platform import storage
 from linearsr_platform.cli.progress import make_display
-from linearsr_platform.cluster.capacity import Share
-from linearsr_platform.cluster.crew import RayCrew
-from linearsr_platform.cluster.session import bring_secrets, cluster_session
-from linearsr_platform.cluster.shipping import ship_folder
 from linearsr_platform.data.crew import SerialCrew
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import ClusterConfig
@@ -114,7 +110,11 @@ class Spread:
         ):
             if given:
                 raise UserError(f"{option}: got it with workers; {why}; fix: leave out --address and --workers")
-        bring_secrets(self.cluster.secrets)
+        cluster = self.cluster
+        if cluster.secrets:
+            from linearsr_platform.cluster.session import bring_secrets
+
+            bring_secrets(cluster.secrets)
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -130,9 +130,10 @@ class Spread:
                 address=self.address, num_cpus=count * self.threads, num_gpus=ceil(count * self.gpus), object_store_mb=100, secrets=secrets
             )
         except ValidationError as error:
-            # Never the value, which may be the secret itself.
-            names = ", ".join(sorted({str(problem["loc"][-1 if problem["loc"][-1] != "[key]" else -2]) for problem in error.errors()}))
-            raise UserError(f"--secret: got something else for {names}; expected NAME=env:VARIABLE or NAME=file:PATH") from None
+            # Not what stands behind the name, which may be the secret itself.
+            name = str(error.errors()[0]["loc"][1])
+            rule = "NAME=env:VARIABLE or NAME=file:/PATH, the name in capitals"
+            raise UserError(f"--secret: got a wrong reference for {name!r}; expected {rule}") from None
 
     def over(self, asked: Asked, work: Work) -> "Pool":
         """Return the workers, with the bundle checked here first: what is wrong with it is wrong with every picture.
@@ -162,14 +163,20 @@ class Pool:
         """Spread jobs over the workers; the cluster is opened with the first result that is asked for, and left at the end."""
         if not jobs:
             return
+        # Who enlarges here shall not wait for Ray's import.
+        from linearsr_platform.cluster.capacity import Share
+        from linearsr_platform.cluster.crew import RayCrew
+        from linearsr_platform.cluster.session import cluster_session
+        from linearsr_platform.cluster.shipping import ship_folder
+
         spread, asked = self.spread, self.asked
         with cluster_session(spread.cluster, verbose=spread.verbose):
-            folder = Path(self.bundle.folder)
+            here, folder = spread.address is None, Path(self.bundle.folder)
             enlarger = Enlarger(
-                bundle=FolderHere(folder.absolute()) if spread.address is None else ship_folder(folder),
+                bundle=FolderHere(folder.absolute()) if here else ship_folder(folder),
                 request=asked.request,
-                codec=asked.codec,
-                text_encoder=asked.text_encoder,
+                codec=_absolute(asked.codec) if here else asked.codec,
+                text_encoder=_absolute(asked.text_encoder) if here else asked.text_encoder,
                 device=asked.device,
                 memory_gb=asked.memory_gb,
                 residency=asked.residency,
@@ -187,6 +194,11 @@ class Pool:
     def timing_table(self) -> str:
         """Return nothing, as `timings`."""
         return ""
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return a folder as a process with another working directory finds it; what is none is a name that needs no folder."""
+    return storage.absolute(source) if source is not None and Path(source).expanduser().is_dir() else source
 
 
 def show(work: Work, do: Do, *, skip: bool, as_json: bool) -> list[Outcome]:

@@ -127,14 +127,17 @@ class _Shift(Generic[P, R]):
                 self._require_room()
                 continue
             self._heard_s = time.monotonic()
-            doing = self._under_way.pop(ready[0])
+            # Whoever is at something stays under way until it is known what came of it: `stop` ends all of those.
+            doing = self._under_way[ready[0]]
             try:
                 result: R = ray.get(ready[0])
             except RayTaskError as error:
                 raise self._as_error(error, doing) from error
             except RayError as error:
+                del self._under_way[ready[0]]
                 self._lost(doing, error)
                 continue
+            del self._under_way[ready[0]]
             self._next(doing)
             if doing.what == "piece":
                 left -= 1

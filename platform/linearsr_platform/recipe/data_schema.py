@@ -50,7 +50,7 @@ class DataConfig(Section):
     parallel_from: Count = 256
     """With at least this many photographs they are prepared by Ray tasks of one CPU each, on the cluster that trains later. Fewer are
     done by the driver alone, sooner than a cluster starts. It decides nothing about the result. Sources must be at places that every
-    machine of the cluster sees."""
+    machine of the cluster sees. As many held-out photographs are measured by workers of that cluster."""
 
     def identity(self) -> dict[str, object]:
         """Return, JSON-able, what decides the shards; of optional contents only those that are asked for."""

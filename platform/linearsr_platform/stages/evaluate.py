@@ -90,7 +90,10 @@ def held_out(context: RunContext) -> list[Photograph]:
 
 
 def _crew(context: RunContext, count: int) -> Crew:
-    """Return who measures that many photographs: workers of the cluster from `data.parallel_from` on."""
+    """Return who measures that many photographs: workers of the cluster from `data.parallel_from` on.
+
+    They have CPUs alone: the numbers are made on one thread of one, so that they are the same wherever.
+    """
     if count < context.recipe.data.parallel_from:
         return SerialCrew()
     context.open_cluster()

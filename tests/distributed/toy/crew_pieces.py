@@ -1,69 +1,65 @@
-"""Pieces of work for a crew, and what does them. On PYTHONPATH, because Ray's workers import it too."""
+"""Pieces of work for a crew: some kill whoever does them. On PYTHONPATH, because Ray's workers import it too."""
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from linearsr_platform.cluster.shipping import ShippedFolder
 from linearsr_platform.errors import UserError
 
 
 @dataclass(frozen=True)
-class Number:
-    """A piece."""
+class CrewPiece:
+    """A number to square, and what happens meanwhile."""
 
-    value: int
-
-    @property
-    def name(self) -> str:
-        """What an error calls it."""
-        return f"number {self.value}"
+    name: str
+    number: int = 0
+    what: Literal["square", "die once", "die", "fault", "mistake"] = "square"
 
 
 @dataclass(frozen=True)
-class MakeSquare:
-    """Makes what squares numbers, and says in `folder` each time that it was made."""
+class MakeSquarer:
+    """Makes what squares; every process leaves a file when it makes it, and one for each piece that it begins."""
 
     folder: str
-    dies_at: int | None = None
-    """A number whose worker is killed, once or always."""
-    always: bool = False
-    fails_at: int | None = None
-    refuses: bool = False
-    waits_for: int = 1
-    """Functions that must have been made before the first piece is done."""
+    dies: bool = False
 
-    def __call__(self) -> Callable[[Number], tuple[int, int, int]]:
-        """Return a function to (square, process, threads)."""
-        if self.refuses:
-            raise UserError("model: got none; expected one")
-        Path(self.folder, f"made-{os.getpid()}").touch(exist_ok=False)
+    def __call__(self) -> Callable[[CrewPiece], int]:
+        self._mark("made")
+        if self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
         return self._square
 
-    def _square(self, piece: Number) -> tuple[int, int, int]:
-        while len(list(Path(self.folder).glob("made-*"))) < self.waits_for:
-            time.sleep(0.05)
-        died = Path(self.folder, "died")
-        if piece.value == self.dies_at and (self.always or not died.exists()):
-            died.touch()
+    def _square(self, piece: CrewPiece) -> int:
+        first = self._mark(piece.name) == 1
+        if piece.what == "die" or (piece.what == "die once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
-        if piece.value == self.fails_at:
-            raise ZeroDivisionError("by nought")
-        return piece.value**2, os.getpid(), torch.get_num_threads()
+        if piece.what == "fault":
+            raise ZeroDivisionError("by zero")
+        if piece.what == "mistake":
+            raise UserError("theirs: got it wrong")
+        return piece.number**2
+
+    def _mark(self, name: str) -> int:
+        """Leave a file, and return how many of this name there are now."""
+        Path(self.folder, f"{name}-{os.getpid()}").touch()
+        return marks(self.folder, name)
+
+
+def marks(folder: str | Path, name: str) -> int:
+    """Count the processes that left a file of this name."""
+    return len(list(Path(folder).glob(f"{name}-*")))
 
 
 @dataclass(frozen=True)
 class MakeReader:
-    """Makes what reads from a folder that was shipped."""
+    """Makes what reads files of a folder that was sent."""
 
     shipped: ShippedFolder
 
-    def __call__(self) -> Callable[[Number], tuple[str, bytes]]:
-        """Return a function to (folder, what is in its file `below/file`)."""
+    def __call__(self) -> Callable[[CrewPiece], tuple[str, bytes]]:
         folder = self.shipped.unpack()
-        return lambda piece: (str(folder), (folder / "below" / "file").read_bytes())
+        return lambda piece: (str(folder), (folder / piece.name).read_bytes())
