@@ -51,9 +51,8 @@ EVERY_S, AWAY_S, GONE_S, FAILING = (20.0, 40.0), 5.0, 150.0, 0.1
 """Ray's own last processes go two minutes after the rest."""
 MARK = "LINEARSR_SOAK"
 """Environment variable by which processes that come from here are known, whoever their parent is now."""
-STEPS_PER_MINUTE = 700
-"""A half of what two quiet cores do undisturbed: the rest goes into starting again. Faults stop when the time is over, so that too many
-steps only make it longer."""
+STEPS_PER_MINUTE = 500
+"""About as many as get done between faults on two cores. Faults stop when the time is over, so that too many steps only make it longer."""
 
 
 def drivers(kind: str) -> list[int]:
