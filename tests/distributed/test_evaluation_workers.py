@@ -1,15 +1,16 @@
 """Measuring a model by workers: the numbers of one process, and only what is missing is done again."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
-from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from tiny_bundle import write_bundle
+
 from linearsr.degradation import upsample
-from linearsr.model import SuperResolver
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.data.crew import Crew, SerialCrew
@@ -20,19 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 COUNT = 5
 
 
-def tiny_bundle(folder: Path) -> Path:
-    config = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), prior="lr")
-    statistics = LatentStatistics(mean=(0.0,) * 48, std=(1.0,) * 48, residual_std=(0.1,) * 48)
-    save_file(SuperResolver(config, statistics).state_dict(), folder / "weights.safetensors")
-    sampler, weights = SamplerConfig(num_steps=2, times=(1.0, 0.4)), [folder / "weights.safetensors"] * 2
-    save_bundle(
-        folder / "bundle", config=config, statistics=statistics, boundaries=(0.5,), sampler=sampler, expert_weights=weights, lineage={}
-    )
-    return folder / "bundle"
-
-
 def test_an_evaluation_has_the_numbers_of_one_process(cluster, tmp_path: Path) -> None:
-    bundle, rng = tiny_bundle(tmp_path), np.random.default_rng(0)
+    bundle, rng = write_bundle(tmp_path, noise=0.05), np.random.default_rng(0)
     lr = [rng.integers(0, 256, (16 + 4 * index, 20, 3), dtype=np.uint8) for index in range(COUNT)]
     photographs = [Photograph(name=f"p{index}", original=upsample(one, 4), lr=one) for index, one in enumerate(lr)]
     request = Request(metrics={"classic": ("psnr_y", "ssim_y"), "seesr": ("psnr_y",)}, sweep_steps=(1,))

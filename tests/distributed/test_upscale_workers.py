@@ -9,17 +9,13 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from flaky_s3 import FlakyS3, flaky_s3
+from tiny_bundle import write_bundle
 
-from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig
-from linearsr.model import SuperResolver
 from linearsr_platform import storage
 from linearsr_platform.data.picture_shards import write_members
 
@@ -28,17 +24,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    config = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), prior="lr")
-    statistics = LatentStatistics(mean=(0.0,) * 48, std=(1.0,) * 48, residual_std=(0.1,) * 48)
-    torch.manual_seed(0)
-    weights = {name: value + 0.05 * torch.randn_like(value) for name, value in SuperResolver(config, statistics).state_dict().items()}
-    save_file(weights, tmp_path / "weights.safetensors")
-    sampler = SamplerConfig(num_steps=2, times=(1.0, 0.4))
-    experts = [tmp_path / "weights.safetensors"] * 2
-    save_bundle(
-        tmp_path / "bundle", config=config, statistics=statistics, boundaries=(0.5,), sampler=sampler, expert_weights=experts, lineage={}
-    )
-    return tmp_path / "bundle"
+    return write_bundle(tmp_path, noise=0.05)
 
 
 @pytest.fixture

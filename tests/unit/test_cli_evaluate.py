@@ -3,18 +3,19 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
-from linearsr.model import SuperResolver
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from tiny_bundle import SMALLEST, write_bundle
+
 from linearsr_platform.cli.app import app
 from linearsr_platform.registry.evaluation import Evaluation
 from linearsr_platform.registry.models import find_version, read_evaluation
@@ -27,18 +28,7 @@ NAMES = ("a", "b", "c")
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    backbone = BackboneConfig(width=8, num_blocks=1, head_width=8, num_cross_heads=1, caption_width=4, stem_width=4)
-    config = ModelConfig(scale=2, codec=CodecConfig(factor=2), backbone=backbone, prior="lr")
-    ones = (1.0,) * config.codec.latent_channels
-    statistics = LatentStatistics(mean=(0.0,) * len(ones), std=ones, residual_std=(0.1,) * len(ones))
-    save_file(SuperResolver(config, statistics).state_dict(), folder / "weights.safetensors")
-    sampler = SamplerConfig(num_steps=2, times=(1.0, 0.4))
-    weights = [folder / "weights.safetensors"] * 2
-    save_bundle(
-        folder / "bundle", config=config, statistics=statistics, boundaries=(0.5,), sampler=sampler, expert_weights=weights, lineage={}
-    )
-    return folder / "bundle"
+    return write_bundle(tmp_path_factory.mktemp("model"), SMALLEST)
 
 
 @pytest.fixture

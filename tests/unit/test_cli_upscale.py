@@ -1,30 +1,22 @@
 """`linearsr upscale` and its neighbours: real pictures through a real bundle, and one clear sentence for each mistake."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig
-from linearsr.model import SuperResolver
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from tiny_bundle import write_bundle
+
 from linearsr_platform.cli.app import app
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), prior="lr")
-    statistics = LatentStatistics(mean=(0.0,) * 48, std=(1.0,) * 48, residual_std=(0.1,) * 48)
-    save_file(SuperResolver(config, statistics).state_dict(), folder / "weights.safetensors")
-    weights = [folder / "weights.safetensors"] * 2
-    sampler = SamplerConfig(num_steps=2, times=(1.0, 0.4))
-    save_bundle(
-        folder / "bundle", config=config, statistics=statistics, boundaries=(0.5,), sampler=sampler, expert_weights=weights, lineage={}
-    )
-    return folder / "bundle"
+    return write_bundle(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

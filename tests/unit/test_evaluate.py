@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from tiny_bundle import SMALLEST, write_bundle
 
 from linearsr.artefacts import seam
-from linearsr.bundle import load_bundle, save_bundle
+from linearsr.bundle import load_bundle
 from linearsr.colour import fix_colours
-from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.degradation import upsample
 from linearsr.latent import upsample_bicubic
 from linearsr.metrics import Meter
-from linearsr.model import SuperResolver
 from linearsr.upscaler import Upscaler
 from linearsr_platform.data.crew import SerialCrew
 from linearsr_platform.errors import UserError
@@ -33,25 +35,8 @@ METRICS = {"classic": ("psnr_y", "ssim_y"), "seesr": ("psnr_y",)}
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    backbone = BackboneConfig(width=8, num_blocks=1, head_width=8, num_cross_heads=1, caption_width=4, stem_width=4)
-    config = ModelConfig(scale=2, codec=CodecConfig(factor=2), backbone=backbone, prior="lr")
-    ones = (1.0,) * config.codec.latent_channels
-    statistics = LatentStatistics(mean=(0.0,) * len(ones), std=ones, residual_std=(0.1,) * len(ones))
-    torch.manual_seed(0)
     # A network starts as one that adds nothing; what it adds must differ between tiles.
-    weights = {name: value + 0.1 * torch.randn_like(value) for name, value in SuperResolver(config, statistics).state_dict().items()}
-    save_file(weights, folder / "weights.safetensors")
-    save_bundle(
-        folder / "bundle",
-        config=config,
-        statistics=statistics,
-        boundaries=(0.5,),
-        sampler=SamplerConfig(num_steps=2, times=(1.0, 0.4)),
-        expert_weights=[folder / "weights.safetensors"] * 2,
-        lineage={},
-    )
-    return folder / "bundle"
+    return write_bundle(tmp_path_factory.mktemp("model"), SMALLEST, noise=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from linearsr.metric_table import METRICS, metric_spec
 from linearsr.metrics import Meter, MetricError
 from linearsr.protocols import PROTOCOLS
 from linearsr.upscaler import Estimate, Upscaler, token_grid
+from linearsr_platform.data.extras import one_thread
 
 Pixels = NDArray[np.uint8]
 """A picture, (H, W, 3)."""
@@ -247,17 +247,6 @@ def _seam(picture: Tensor, edges: Edges, control: Tensor | None) -> float:
     """Measure seams of pictures as they are saved, (1, 3, H, W)."""
     rounded, other = to_tensor(to_pixels(picture)), None if control is None else to_tensor(to_pixels(control))[0]
     return seam(rounded[0], edges, other)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, so that sums come out in the same order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def save_png(pixels: Pixels, path: Any) -> None:
