@@ -14,7 +14,12 @@ PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 REPEATED_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 """The outbox repeats what a server did not answer. A repetition below it would hide for minutes that the server is away, and could
 start a run twice."""
-QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+QUIET = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Of transformers, which has one for every model that it reads from disk.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def quiet_libraries(*, verbose: bool) -> None:
@@ -26,7 +31,7 @@ def quiet_libraries(*, verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if verbose:
         return
-    for name in ("mlflow", "alembic", "DeepSpeed", "ray", "urllib3", "matplotlib"):
+    for name in ("mlflow", "alembic", "DeepSpeed", "ray", "urllib3", "matplotlib", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # That a trial failed is told by the search, with the reason.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
