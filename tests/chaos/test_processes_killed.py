@@ -12,6 +12,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 SEED = 5
 
 
+def controllers() -> set[int]:
+    """Process ids of Ray Train's controllers, those of trainers that have ended included: Ray lets go of them in its own time."""
+    import ray
+    from ray.util.state import list_actors
+
+    alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
+    return {actor.pid for actor in list_actors(ray.get_runtime_context().gcs_address, filters=alive)}
+
+
 @pytest.fixture(scope="module")
 def cluster(undisturbed: Path) -> Iterator[object]:
     from toy_training import toy_cluster
@@ -48,23 +57,23 @@ def test_one_worker_of_each_at_a_random_step(cluster, undisturbed: Path, tmp_pat
 def test_what_drives_each_trainer(cluster, undisturbed: Path, tmp_path: Path, victim: str) -> None:
     """The controller is Ray Train's, the task `_train` is ours around it."""
     import ray
-    from ray.util.state import list_actors, list_tasks
+    from ray.util.state import list_tasks
     from three_stages import INTERVAL, Watch, assert_equal, jobs_of, note, train
     from toy_training import free_cpus
 
     jobs = jobs_of(tmp_path)
+    earlier = controllers()
     killed: list[int] = []
 
     def kill_drivers(watch: Watch) -> None:
         if killed or any(watch.checkpoints.get(job.name, 0) < INTERVAL for job in jobs):
             return
-        address = ray.get_runtime_context().gcs_address
         if victim == "_train":
+            address = ray.get_runtime_context().gcs_address
             tasks = list_tasks(address, filters=[("name", "=", victim), ("state", "=", "RUNNING")], detail=True)
             killed.extend(task.worker_pid for task in tasks)
         else:
-            actors = list_actors(address, filters=[("class_name", "=", victim), ("state", "=", "ALIVE")])
-            killed.extend(actor.pid for actor in actors)
+            killed.extend(controllers() - earlier)
         assert len(killed) == len(jobs)
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
@@ -79,21 +88,20 @@ def test_what_drives_each_trainer(cluster, undisturbed: Path, tmp_path: Path, vi
 
 def test_a_controller_before_all_workers_have_started(cluster, tmp_path: Path) -> None:
     """Ray Train does not know yet what to give back, and the trainer that starts again needs all that there is."""
-    import ray
     from ray.util.placement_group import placement_group_table
-    from ray.util.state import list_actors
     from three_stages import STEPS, Watch, jobs_of, train
     from toy_training import free_cpus
 
     (job,) = jobs_of(tmp_path, stages=(1,), pause_s=0.0)
     killed: list[int] = []
 
+    earlier = controllers()
+
     def kill_early(watch: Watch) -> None:
         if killed or not any(group["state"] == "CREATED" for group in placement_group_table().values()):
             return
         assert not watch.starts
-        alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
-        killed.extend(actor.pid for actor in list_actors(ray.get_runtime_context().gcs_address, filters=alive))
+        killed.extend(controllers() - earlier)
         os.kill(killed[0], signal.SIGKILL)
 
     watch = Watch(kill_early)
