@@ -113,7 +113,7 @@ def save_bundle(
             "config": asdict(config),
             "statistics": asdict(statistics),
             "boundaries": list(boundaries),
-            "sampler": asdict(sampler),
+            "sampler": sampler.to_plain(),
             "precision": precision,
             "files": files,
             "lineage": dict(lineage),

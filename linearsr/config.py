@@ -3,7 +3,7 @@
 Every class validates itself and raises `ValueError` with the offending value; none changes what it was given.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Literal
 
@@ -270,6 +270,9 @@ class SamplerConfig:
     grid: Literal["uniform", "sana", "flow-euler"] = "uniform"
     """Where the steps lie, before the shift: `uniform`, u = 1 - i / N; `sana`, its solver's 0.999 (1 - i / N); `flow-euler`, evenly
     from 1 to nearly 0, as diffusers' flow Euler scheduler, so that few steps reach the detail expert. method.md 1.5, 3.7."""
+    history: Literal["drop", "keep"] = "drop"
+    """`dpm++2m` alone: what the step after a switch of experts makes of the estimate before it. `drop` takes that step at first order;
+    `keep` uses the other expert's estimate, which is of second order only as far as both agree there. method.md 3.7, an ablation."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that explicit times match the number of steps."""
@@ -281,6 +284,15 @@ class SamplerConfig:
             valid = len(self.times) == self.num_steps and self.times[0] <= 1 and self.times[-1] > 0 and descending
             require(valid, "sampler.times", self.times, f"num_steps = {self.num_steps} descending numbers in (0, 1]")
             require(self.grid == "uniform", "sampler.grid", self.grid, "unset where times are given")
+        if self.kind == "euler":
+            require(self.history == "drop", "sampler.history", self.history, "drop for euler, which has no history")
+
+    def to_plain(self) -> dict[str, object]:
+        """Return it by name, JSON-able; `history` only if set: bundles and recipes from before there was one keep their hashes."""
+        plain = asdict(self)
+        if self.history == "drop":
+            del plain["history"]
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,14 @@ class RoutedSampler:
         cut = tiling or whole((noise.shape[2], noise.shape[3]))
         denoise = self._denoiser(pixels, captions, captions if null is None else null, cut, self.sampler.guidance_scale)
         start = self.sampler.temperature * noise
-        return sample(denoise, start, times, kind=self.sampler.kind, expert_of=lambda t: route(t, self.boundaries))
+        return sample(
+            denoise,
+            start,
+            times,
+            kind=self.sampler.kind,
+            expert_of=lambda t: route(t, self.boundaries),
+            keep_history=self.sampler.history == "keep",
+        )
 
     def one_step(self, noise: Tensor, pixels: Tensor, captions: Caption, *, tiling: Tiling | None = None) -> Tensor:
         """Return the noisiest expert's clean estimate from pure noise, without guidance; arguments as in `sample`."""

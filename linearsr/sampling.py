@@ -26,11 +26,13 @@ def sample_euler(denoise: Denoiser, noise: Tensor, times: Sequence[float]) -> Te
     return z
 
 
-def sample_dpm_solver_2m(denoise: Denoiser, noise: Tensor, times: Sequence[float], expert_of: Callable[[float], int]) -> Tensor:
+def sample_dpm_solver_2m(
+    denoise: Denoiser, noise: Tensor, times: Sequence[float], expert_of: Callable[[float], int], *, keep_history: bool = False
+) -> Tensor:
     """Follow the flow by DPM-Solver++(2M) and return z_0, (B, c, H, W).
 
-    The first and last steps are of first order, and so is each step after a switch of experts: an estimate of another
-    network is no history. Source: method.md 1.5, 3.7.
+    The first and last steps are of first order, and so is each step after a switch of experts unless `keep_history`: an
+    estimate of another network is no history. Source: method.md 1.5, 3.7.
     """
     z = noise
     previous: tuple[Tensor, float, float] | None = None  # estimate, time, and step size in half log-SNR
@@ -44,7 +46,7 @@ def sample_dpm_solver_2m(denoise: Denoiser, noise: Tensor, times: Sequence[float
             z = clean + (after / now) * (z - clean)
             continue
         blended = clean
-        if previous is not None and expert_of(previous[1]) == expert_of(now):
+        if previous is not None and (keep_history or expert_of(previous[1]) == expert_of(now)):
             ratio = previous[2] / step
             blended = clean + (clean - previous[0]) / (2 * ratio)
         z = (after / now) * z - (1 - after) * expm1(-step) * blended
@@ -59,8 +61,9 @@ def sample(
     *,
     kind: str,
     expert_of: Callable[[float], int],
+    keep_history: bool = False,
 ) -> Tensor:
-    """Draw z_0 from `noise` (B, c, H, W) by the named sampler, `euler` or `dpm++2m`."""
+    """Draw z_0 from `noise` (B, c, H, W) by the named sampler, `euler` or `dpm++2m`, which alone has a history."""
     if kind == "euler":
         return sample_euler(denoise, noise, times)
-    return sample_dpm_solver_2m(denoise, noise, times, expert_of)
+    return sample_dpm_solver_2m(denoise, noise, times, expert_of, keep_history=keep_history)

@@ -73,6 +73,16 @@ def test_the_digest_names_the_content(tmp_path, weights, folder):
     assert save(tmp_path / "order", weights[::-1]).digest != load_bundle(folder).digest
 
 
+def test_kept_history_is_in_the_manifest_and_dropped_history_changes_no_digest(tmp_path, weights, folder):
+    """Bundles from before there was a choice have no such key, and are what is written without one."""
+    plain = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["sampler"]
+    assert set(plain) == {"kind", "num_steps", "guidance_scale", "temperature", "times", "grid"}
+    assert load_bundle(folder).sampler.history == "drop"
+    kept = save(tmp_path / "kept", weights, sampler=replace(SAMPLER, history="keep"))
+    assert kept.sampler == replace(SAMPLER, history="keep")
+    assert kept.digest != load_bundle(folder).digest
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "swap"])
 def test_a_changed_expert_is_refused_by_name(folder, damage):
     victim, other = folder / "expert-2.safetensors", folder / "expert-1.safetensors"

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies
 from linearsr.guard import GuardConfig
 from linearsr_platform.errors import RecipeErrors
 from linearsr_platform.recipe.document import parse_document
-from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.recipe.identity import changes, stable_hash
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.merge import Layer, Merged
 from linearsr_platform.recipe.validate import validate
@@ -98,6 +98,17 @@ def test_the_hash_is_of_the_meaning_not_of_the_text(write):
     reordered = "# a comment\n" + yaml.safe_dump(loaded.resolved, sort_keys=True)
     assert load_recipe(write(reordered, "again.yaml")).hash == loaded.hash
     assert load_recipe(write(MINIMAL), None, ["pretrain.lr=2e-4"]).hash != loaded.hash
+
+
+def test_a_recipe_without_the_sampler_s_history_keeps_its_hash_and_one_that_keeps_history_is_another(write):
+    before = load_recipe(write(MINIMAL), None, ["sampler.kind=dpm++2m"])
+    assert set(before.resolved["sampler"]) == {"kind", "num_steps", "guidance_scale", "temperature", "times", "grid"}
+    written, kept = (load_recipe(write(MINIMAL), None, ["sampler.kind=dpm++2m", f"sampler.history={how}"]) for how in ("drop", "keep"))
+    assert written.hash == before.hash
+    assert kept.hash != before.hash
+    assert [str(change) for change in changes(before.resolved, kept.resolved, "run")] == ["sampler.history: not set -> keep"]
+    again = load_recipe(write(yaml.safe_dump(kept.resolved), "again.yaml"))
+    assert (again.recipe.sampler.history, again.hash) == ("keep", kept.hash)
 
 
 def test_a_mapping_that_is_set_replaces_the_section_and_a_dotted_key_adds_to_it(write):
@@ -200,6 +211,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["evaluate.metrics=[psnr_y, gmsd, seam]"], "evaluate.metrics[2]"),
         (["validation.metrics=[psnr_y, ssim_y, gmsd, fid]", "validation.weights=w"], "validation.metrics[3]"),
         (["data.validation_px=64"], "data.validation_px"),
+        (["sampler.history=keep"], "sampler.history"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
     ],

@@ -1,10 +1,13 @@
 """Solvers against independent ones: DPM-Solver++ of diffusers, and method.md 1.5 written out in float64."""
 
 from collections.abc import Sequence
-from math import exp, log
+from itertools import pairwise
+from math import exp, hypot, log, log2
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from linearsr.config import PAPER_BOUNDARIES, BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig, TagsConfig
@@ -66,6 +69,58 @@ def test_a_switch_of_experts_drops_history_there_and_only_there() -> None:
     assert (ours - written_out(SANA_TIMES, [1, *[2] * 18, 1])).abs().max() > 1e-4
 
 
+@given(
+    boundaries=st.lists(st.floats(0.02, 0.98), max_size=5, unique=True).map(sorted),
+    num_steps=st.integers(1, 12),
+    grid=st.sampled_from(["uniform", "sana"]),
+)
+def test_kept_history_makes_several_experts_of_one_field_a_single_one(boundaries: list[float], num_steps: int, grid: str) -> None:
+    times = sampling_times(SamplerConfig(num_steps=num_steps, grid=grid), 3.0)  # type: ignore[arg-type]
+    single = sample_dpm_solver_2m(crooked, NOISE, times, lambda t: 0)
+    assert torch.equal(sample_dpm_solver_2m(crooked, NOISE, times, lambda t: route(t, boundaries), keep_history=True), single)
+    dropped = sample_dpm_solver_2m(crooked, NOISE, times, lambda t: route(t, boundaries))
+    # The last step has no use for history, nor has the first, or the second after one from pure noise.
+    second = range(2 if times[0] == 1 else 1, num_steps - 1)
+    switches = [route(times[i - 1], boundaries) != route(times[i], boundaries) for i in second]
+    assert torch.equal(dropped, single) != any(switches)
+
+
+def error_across_a_switch(count: int, above: float, below: float, *, keep_history: bool) -> float:
+    """Err with `count` steps where the data of the noisier expert are N(0, above^2) and those of the other N(0, below^2).
+
+    Both fields are exact, so are the paths: z_t is proportional to the deviation of z_t. The switch is half-way in log-SNR.
+    """
+    first, last = (log((1 - t) / t) for t in (0.95, 0.1))
+    times = [1 / (1 + exp(first + (last - first) * i / count)) for i in range(count + 1)]
+    switch = times[count // 2]
+
+    def expert_of(t: float) -> int:
+        return route(t, (switch * (1 + 1e-9),))
+
+    def denoise(z: Tensor, t: float) -> Tensor:
+        sigma = (above, below)[expert_of(t)]
+        return (1 - t) * sigma**2 / hypot((1 - t) * sigma, t) ** 2 * z
+
+    z = NOISE
+    for sigma, start, end in ((above, times[0], switch), (below, switch, times[-1])):
+        z = z * hypot((1 - end) * sigma, end) / hypot((1 - start) * sigma, start)
+    found = sample_dpm_solver_2m(denoise, NOISE, times, expert_of, keep_history=keep_history)
+    return (found - denoise(z, times[-1])).abs().max().item()
+
+
+def orders(above: float, below: float, *, keep_history: bool) -> list[float]:
+    """Orders of convergence, each seen in twice as many steps."""
+    errors = [error_across_a_switch(count, above, below, keep_history=keep_history) for count in (32, 64, 128, 256)]
+    return [log2(coarse / fine) for coarse, fine in pairwise(errors)]
+
+
+def test_kept_history_is_of_second_order_across_a_switch_where_experts_agree_and_of_first_where_not() -> None:
+    assert orders(0.5, 0.5, keep_history=True) == pytest.approx([2, 2, 2], abs=0.1)
+    assert orders(0.5, 0.4, keep_history=True) == pytest.approx([1, 1, 1], abs=0.25)
+    # One step of first order among many costs no order.
+    assert min(orders(0.5, 0.4, keep_history=False)) > 1.9
+
+
 def test_a_first_step_from_pure_noise_is_the_limit_of_one_from_nearly_pure_noise() -> None:
     rest = SANA_TIMES[1:]
     limit = sample_dpm_solver_2m(crooked, NOISE, (1.0, *rest), lambda t: 0)
@@ -96,6 +151,23 @@ def test_guidance_on_clean_estimates_is_guidance_on_velocities(prior: str) -> No
         z = noise + (then - first) * velocity(noise, first).float()
         expected = z - then * velocity(z, then).float()
         torch.testing.assert_close(sampler.sample(noise, pixels, tags), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_s_history_is_what_the_routed_sampler_does_at_a_switch() -> None:
+    config = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8))
+    network = SuperResolver(config, LatentStatistics(mean=(0.1,) * 48, std=(0.5,) * 48, residual_std=(0.4,) * 48))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    noise, pixels, tags = torch.randn(1, 48, 3, 3), torch.rand(1, 3, 3, 3), torch.zeros(1, 1, dtype=torch.long)
+
+    def drawn(boundaries: tuple[float, ...], **settings: str) -> Tensor:
+        sampler = SamplerConfig(kind="dpm++2m", num_steps=5, **settings)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return RoutedSampler([network] * (len(boundaries) + 1), boundaries, sampler).sample(noise, pixels, tags)
+
+    assert torch.equal(drawn((0.8,), history="keep"), drawn(()))
+    assert torch.equal(drawn((0.8,), history="drop"), drawn((0.8,)))
+    assert not torch.equal(drawn((0.8,)), drawn(()))
 
 
 def test_without_a_prior_the_network_predicts_the_velocity_and_nothing_else() -> None:

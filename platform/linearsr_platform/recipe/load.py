@@ -28,7 +28,7 @@ class LoadedRecipe:
     folder: str
     """Folder of the recipe file, absolute path or URL; tables of the data sources are relative to it."""
     resolved: dict[str, object]
-    """Every setting with its default filled in, JSON-able."""
+    """Every setting with its default filled in, JSON-able; without `sampler.history` unless it is set (see `SamplerConfig.to_plain`)."""
     hash: str
     """`stable_hash` of `resolved`."""
 

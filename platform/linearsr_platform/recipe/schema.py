@@ -6,7 +6,7 @@ settings in `linearsr_platform.recipe.rules`; `linearsr_platform.recipe.load` ap
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 
 from linearsr.config import (
     BACKBONES,
@@ -183,7 +183,7 @@ class Recipe(Section):
     pretrain: TrainConfig
     experts: ExpertsSection
     finetune: FinetuneSection
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: Annotated[SamplerConfig, PlainSerializer(SamplerConfig.to_plain)] = SamplerConfig()
     evaluate: EvaluateSection = EvaluateSection()
     promote: PromoteSection = PromoteSection()
     search: SearchSection | None = None

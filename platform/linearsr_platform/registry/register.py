@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +113,7 @@ def _lineage_tags(client: "MlflowClient", run_id: str, bundle: Bundle) -> dict[s
     """Write what a bundle is and came from as tags, with the pipeline's run beside it."""
     lineage = {**bundle.lineage, "experts": _experts(bundle)}
     tags = {f"lineage.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in lineage.items()}
-    routing = {"boundaries": list(bundle.boundaries), "sampler": asdict(bundle.sampler)}
+    routing = {"boundaries": list(bundle.boundaries), "sampler": bundle.sampler.to_plain()}
     tags |= {f"bundle.{key}": json.dumps(value) for key, value in routing.items()}
     tags |= {"bundle.precision": bundle.precision, "bundle.codec": bundle.codec_digest}
     parent = client.get_run(run_id).data.tags.get("mlflow.parentRunId")
