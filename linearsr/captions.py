@@ -62,6 +62,10 @@ class Captions:
         """Return the captions of the photographs of a batch."""
         return batch["tags"] if self.text is None else _embedding(batch, "text")
 
+    def at_inference(self, batch: Mapping[str, Tensor]) -> Tensor | TextEmbedding:
+        """Return the captions that say no more of a batch than inference knows: those of the LR images if the mix has some, else `all`."""
+        return self._of_lr(batch) if self.tags.from_lr else self.all(batch)
+
     def null(self, count: int, device: torch.device) -> Tensor | TextEmbedding:
         """Return what stands for no tags, `count` times."""
         if self.text is None or self._null is None:
@@ -81,9 +85,11 @@ class Captions:
         chosen, tags = self.all(batch), self.tags
         device = chosen.device if isinstance(chosen, Tensor) else chosen.mask.device
         if tags.from_lr:
-            lr = batch["tags_lr"] if self.text is None else _embedding(batch, "text_lr")
-            chosen = _where((draws_B < tags.dropout + tags.from_lr).to(device), lr, chosen)
+            chosen = _where((draws_B < tags.dropout + tags.from_lr).to(device), self._of_lr(batch), chosen)
         return _where((draws_B < tags.dropout).to(device), self.null(len(draws_B), device), chosen)
+
+    def _of_lr(self, batch: Mapping[str, Tensor]) -> Tensor | TextEmbedding:
+        return batch["tags_lr"] if self.text is None else _embedding(batch, "text_lr")
 
     def _padded(self, name: str, embedding: NDArray[np.float16] | None) -> dict[str, Array]:
         assert self.text is not None  # noqa: S101 (only called where there is one)

@@ -153,12 +153,12 @@ class SuperResolutionTask:
         """Restore a validation batch and measure it against the truth: metric name -> (B,) float values.
 
         The path starts at the top of the interval, from noise or from the truth noised to that level, and follows
-        `validation_steps` Euler steps; the last estimate is decoded.
+        `validation_steps` Euler steps; the last estimate is decoded. Of tags it reads what inference does: `Captions.at_inference`.
         """
         low, high = self.config.interval
         lr = to_pixels(batch["lr"])
         clean = self._space.encode(to_pixels(batch["hr"]))
-        steps, captions = self.config.validation_steps, self.captions.all(batch)
+        steps, captions = self.config.validation_steps, self.captions.at_inference(batch)
         times = [high - (high - low) * i / steps for i in range(steps)]
         start = interpolate(clean, batch["noise"].to(clean.device), torch.tensor(high))
 

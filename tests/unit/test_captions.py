@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,11 +30,13 @@ from linearsr.config import (
     TextEncoderConfig,
     TextSource,
 )
+from linearsr.routed import RoutedSampler
 from linearsr.tags import Caption
 from linearsr.task import SuperResolutionTask, TaskConfig
 from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 from linearsr.upscaler import Upscaler
 from linearsr_platform.cli.app import app
+from linearsr_platform.cluster.scoring import Scoring
 from linearsr_platform.cluster.worker import validation_batches
 from linearsr_platform.data.extras import TextCache
 from linearsr_platform.data.manifest import Manifest, load_manifest
@@ -42,6 +45,7 @@ from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.search_schema import ScoreSection
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.stages.prepare import text_cache
 
@@ -71,6 +75,49 @@ def test_without_lr_tags_the_mix_is_the_dropout_it_was() -> None:
     assert list(captions.example(["cat"])) == ["tags"]
     tags, draws = torch.randint(1, 4, (200, 2)), torch.rand(200, 1)
     assert torch.equal(ids(captions.mix({"tags": tags}, draws[:, 0])), tags * (draws >= 0.3))
+
+
+def test_validation_reads_what_inference_knows() -> None:
+    """Tags of the LR image where the mix has some; without them whatever a sample says of its LR image changes no number."""
+    tags = TagsConfig(vocabulary=VOCABULARY, max_tags=2, dropout=0.1)
+    network = ModelConfig(backbone=replace(BACKBONES["nano"], num_blocks=1), tags=tags, prior="lr")
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    def validated(caption: Sequence[str] | Caption, from_lr: float) -> torch.Tensor:
+        task = SuperResolutionTask(task_config(replace(network, tags=replace(tags, from_lr=from_lr))))
+        module = task.build()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        example = task.validation_example(image, caption, 32, index=0)
+        return task.validate(module, {name: torch.from_numpy(value)[None] for name, value in example.items()})["psnr_y"]
+
+    both = Caption(tags=["cat", "sky"], tags_lr=["cup"])
+    assert torch.equal(validated(both, 0.4), validated(["cup"], 0.0))
+    assert torch.equal(validated(both, 0.0), validated(["cat", "sky"], 0.0))
+    assert not torch.equal(validated(both, 0.4), validated(both, 0.0))
+
+
+@pytest.mark.parametrize(("from_lr", "expected"), [(0.4, [3, 0]), (0.0, [1, 2])])
+def test_a_search_scores_with_what_inference_knows(from_lr: float, expected: list[int]) -> None:
+    tags = TagsConfig(vocabulary=VOCABULARY, max_tags=2, from_lr=from_lr)
+    config = task_config(ModelConfig(backbone=replace(BACKBONES["nano"], num_blocks=1), tags=tags, prior="lr"))
+    task, read = SuperResolutionTask(config), []
+
+    class Spy(RoutedSampler):
+        def sample(self, noise: torch.Tensor, pixels: torch.Tensor, captions: Any, *rest: Any, **more: Any) -> torch.Tensor:
+            read.append(ids(captions).tolist())
+            return super().sample(noise, pixels, captions, *rest, **more)
+
+    caption = Caption(tags=["cat", "sky"], tags_lr=["cup"])
+    example = task.validation_example(np.zeros((32, 32, 3), dtype=np.uint8), caption, 32, index=0)
+    batch = {name: torch.from_numpy(value)[None] for name, value in example.items()}
+    sampler = SamplerConfig(num_steps=1)
+    scoring = Scoring(task=config, sampler=sampler, section=ScoreSection(steps=1), shards=())
+    module: Any = task.build()
+    scoring._restore(Spy([module], (), sampler), task, batch)
+    assert read == [[expected]]
 
 
 def test_a_sample_without_what_the_mix_needs_is_refused() -> None:
@@ -131,7 +178,11 @@ def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTas
         tags=TagsConfig(encoder="text", dropout=0.1, from_lr=from_lr),
         prior="lr",
     )
-    config = TaskConfig(
+    return SuperResolutionTask(task_config(model, manifest.text))
+
+
+def task_config(model: ModelConfig, text: TextSource | None = None) -> TaskConfig:
+    return TaskConfig(
         model=model,
         statistics=STATISTICS,
         interval=(0.0, 1.0),
@@ -140,9 +191,8 @@ def make_task(manifest: Manifest, *, from_lr: float = 0.4) -> SuperResolutionTas
         crop_px=32,
         validation_steps=1,
         metrics=("psnr_y",),
-        text=manifest.text,
+        text=text,
     )
-    return SuperResolutionTask(config)
 
 
 def test_shards_hold_every_prompt_s_embedding_and_who_made_it(folder: Path, manifest: Manifest, encoder: TextEncoder) -> None:
@@ -193,6 +243,11 @@ def test_batches_carry_embeddings_and_the_mix_takes_the_right_one(folder: Path, 
     assert none.mask.sum(dim=1).tolist() == [2, int(batch["text_lr_tokens"][1])]
     assert torch.equal(none.values[0, :2], torch.tensor(manifest.text.null))  # type: ignore[union-attr]
     assert torch.equal(lr.values, torch.stack([batch["text_lr"][0], batch["text"][1]]).float())
+    for from_lr, name in ((0.4, "text_lr"), (0.0, "text")):
+        read = make_task(manifest, from_lr=from_lr).captions.at_inference(batch)
+        assert isinstance(read, TextEmbedding)
+        assert torch.equal(read.values, batch[name].float())
+        assert read.mask.sum(dim=1).tolist() == batch[f"{name}_tokens"].tolist()
 
 
 def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, manifest: Manifest, tmp_path: Path) -> None:

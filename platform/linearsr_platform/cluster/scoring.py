@@ -57,7 +57,7 @@ class Scoring:
 
     @torch.inference_mode()
     def _restore(self, routed: RoutedSampler, task: SuperResolutionTask, batch: dict[str, Tensor]) -> Tensor:
-        captions, null = task.captions.all(batch), task.captions.null(len(batch["lr"]), batch["lr"].device)
+        captions, null = task.captions.at_inference(batch), task.captions.null(len(batch["lr"]), batch["lr"].device)
         clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), captions, self.section.steps, null=null)
         return routed.experts[0].space.decode(clean) / 2 + 0.5
 
