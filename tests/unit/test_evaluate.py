@@ -129,6 +129,11 @@ def test_an_interrupted_evaluation_goes_on_and_other_pixels_are_measured_again(
     crew = Backwards()
     measured_by(crew, changed, bundle, tmp_path)
     assert crew.worked_on == ["crop-0"]
+    told = [dataclasses.replace(photographs[1], tags=("cat",), tags_of_lr=True)]
+    for expected in (["crop-64"], []):
+        crew = Backwards()
+        (found,), _ = measured_by(crew, told, bundle, tmp_path)
+        assert (crew.worked_on, found.lr_tags) == (expected, ["cat"])
 
 
 def test_the_test_set_is_known_by_names_and_pixels(bundle: Path, photographs: list[Photograph]) -> None:

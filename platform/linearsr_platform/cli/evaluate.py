@@ -29,7 +29,15 @@ Original = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Originals of the same names; without them no-reference metrics.", show_default=False),
 ]
-Lr = Annotated[Path | None, typer.Option(metavar="DIR", help="LR pictures of the same names.", show_default=False)]
+Lr = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="LR pictures of the same names. A model is told the tags in `test_set.json` among them, which a run's evaluation writes; "
+        "side files of the pictures are not read.",
+        show_default=False,
+    ),
+]
 Named = Annotated[
     str | None, typer.Option("--test-set", metavar="NAME", help="LR pictures and originals of a known set; see `linearsr test-sets list`.")
 ]
@@ -104,7 +112,7 @@ def evaluate(
     version, folder = _find_model(model, storage, tracking_uri)
     facts = _facts(lr)
     scale = _scale_of(folder)
-    test_set = _test_set(restored, original, lr, facts.tags, scale) if named is None else _named_test_set(named, root, restored, scale)
+    test_set = _test_set(restored, original, lr, facts, scale) if named is None else _named_test_set(named, root, restored, scale)
     choice = choose(names, metric or [], weights=weights, count=len(test_set.photographs), originals=test_set.has_originals)
     request = Request(metrics=choice.metrics, weights=weights, seed=facts.seed if seed is None else seed, grid_px=grid)
     make = MakeMeasurer(
@@ -159,16 +167,16 @@ class LrFacts:
     degradation: object = "as given"
     seed: int = 0
     tags: Mapping[str, tuple[str, ...]]
+    lr_tags: frozenset[str] = frozenset()
+    """Names of those whose tags are of the LR image."""
 
 
-def _test_set(
-    restored: Path | None, original: Path | None, lr: Path | None, tags: Mapping[str, tuple[str, ...]], scale: int | None
-) -> TestSet:
+def _test_set(restored: Path | None, original: Path | None, lr: Path | None, facts: LrFacts, scale: int | None) -> TestSet:
     """Return the test set in the folders that the options name."""
     from linearsr_platform.stages.pairs import Kind, check_sizes, match_by_name
 
     named: dict[Kind, Path | None] = {"restored": restored, "original": original, "lr": lr}
-    photographs = match_by_name({kind: folder for kind, folder in named.items() if folder is not None}, tags)
+    photographs = match_by_name({kind: folder for kind, folder in named.items() if folder is not None}, facts.tags, facts.lr_tags)
     return TestSet(photographs=photographs, scale=check_sizes(photographs, scale))
 
 
@@ -223,7 +231,7 @@ def _tables(
     from linearsr_platform.stages.measured_set import tables_of
     from linearsr_platform.stages.measuring import RESTORED
 
-    how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed)
+    how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed, measured=measured)
     how |= test_set.named
     if RESTORED in rows:
         how |= {"seed": None, "pictures": "finished: measured as they are, without the protocol's colour fix", "grid_px": request.grid_px}
@@ -266,7 +274,8 @@ def _facts(lr: Path | None) -> LrFacts:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         tags = {str(name): tuple(map(str, words)) for name, words in found["tags"].items()}
-        return LrFacts(degradation=found["degradation"], seed=int(found["seed"]), tags=tags)
+        lr_tags = frozenset(map(str, found["lr_tags"])) if "lr_tags" in found else frozenset()
+        return LrFacts(degradation=found["degradation"], seed=int(found["seed"]), tags=tags, lr_tags=lr_tags)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: got something else ({error}); expected degradation, seed and tags; fix: delete it") from error
 

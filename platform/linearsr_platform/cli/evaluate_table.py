@@ -24,7 +24,8 @@ def print_tables(tables: Mapping[str, ProtocolTable], left_out: Mapping[str, str
     console = output_console()
     console.print(_numbers(tables, console))
     first = next(iter(tables.values()))
-    console.print(f"{first.images} images, means with 95 % intervals; test set {first.test_set[:HASH_SHOWN]}")
+    tags = f"; tags {first.protocol['tags']}" if "tags" in first.protocol else ""
+    console.print(f"{first.images} images, means with 95 % intervals; test set {first.test_set[:HASH_SHOWN]}{tags}")
     hashes = {metric: digest for table in tables.values() for metric, digest in _weights(table).items() if digest != "none"}
     if hashes:
         console.print(f"weights: {', '.join(f'{metric} {digest[:HASH_SHOWN]}' for metric, digest in hashes.items())}")

@@ -17,8 +17,8 @@ class ProtocolTable:
     """What was measured under one protocol."""
 
     protocol: Mapping[str, object]
-    """How: `name`, `metrics` (a description), `weights` (metric to the hash of its weights), `scale`, `degradation`, `seed`. JSON; two
-    tables are comparable only if it is equal in both."""
+    """How: `name`, `metrics` (a description), `weights` (metric to the hash of its weights), `scale`, `degradation`, `seed`, and `tags` if
+    some were those of LR images. JSON; two tables are comparable only if it is equal in both."""
     test_set: str
     """Hash of the images: their names, and the pixels of originals and LR pictures."""
     rows: Mapping[str, Mapping[str, float]]

@@ -219,6 +219,8 @@ class ReportData:
     """Every protocol, the first too."""
     test_set: str = ""
     """Hash of the images' names and pixels."""
+    tags_read: str = ""
+    """Whose tags the model was told, in words; empty where it was not recorded."""
     sweep: tuple[SweepPoint, ...] = ()
     splits: dict[str, int] | None = None
     """Split -> number of images in its shards."""

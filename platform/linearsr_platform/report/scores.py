@@ -55,7 +55,8 @@ def _under(data: ReportData, scores: ProtocolScores) -> Markup:
         rows.append(element("tr", element("th", label, scope="row", class_="estimate"), *cells))
     head = element("thead", element("tr", element("th", "Estimate", scope="col"), *heads))
     hashes = [f"{metric_label(metric)} {digest[:12]}" for metric, digest in scores.weights.items() if digest != "none"]
-    facts = [f"{scores.images} images", f"test set {data.test_set[:12]}", *([f"weights {', '.join(hashes)}"] if hashes else [])]
+    facts = [f"{scores.images} images", f"test set {data.test_set[:12]}", *([data.tags_read] if data.tags_read else [])]
+    facts += [f"weights {', '.join(hashes)}"] if hashes else []
     return element(
         "details",
         element("summary", f"Under {scores.name}, with 95 % intervals"),

@@ -15,7 +15,7 @@ from linearsr_platform.data.reader import read_images
 from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput
-from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of
+from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of, tags_read
 from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
 from linearsr_platform.stages.prepare import shards_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -23,7 +23,8 @@ from linearsr_platform.tracking.runs import TrackedRun
 TEST_SET = "test_set"
 """Folder of the photographs that were measured: `lr/`, with `TEST_SET_FILE` in it, and `original/`, which `linearsr evaluate` takes."""
 TEST_SET_FILE = "test_set.json"
-"""How a folder of LR pictures was made, and the tags of each: `degradation`, `seed`, `tags`."""
+"""How a folder of LR pictures was made, and the tags of each: `degradation`, `seed`, `tags`; `lr_tags` names those whose tags are of the
+LR image itself, if there are such."""
 
 
 def settings(context: RunContext) -> object:
@@ -49,7 +50,8 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     measured = measure_all(
         photographs, make, lambda count: _crew(context, count), lambda done, total: context.display.update("evaluate", done, total)
     )
-    how = comparable(scale=context.recipe.model.scale, degradation=asdict(context.recipe.degradation), seed=request.seed)
+    degradation = asdict(context.recipe.degradation)
+    how = comparable(scale=context.recipe.model.scale, degradation=degradation, seed=request.seed, measured=measured)
     tables = tables_of([photograph.name for photograph in photographs], measured, request, ROWS, how)
     for name, table in tables.items():
         prefix = "" if name == context.recipe.evaluate.protocols[0] else f"{name}/"
@@ -59,18 +61,25 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         "tables": {name: table.to_plain(with_values=True, strict=True) for name, table in tables.items()},
         "sweep": _sweep(context, measured, tables),
         "names": [photograph.name for photograph in photographs],
+        "tags": tags_read(measured),
     }
     tracked.log_dict(data, "evaluation.json")
     return StageOutput(_headline(next(iter(tables.values())).rows, context.recipe.evaluate.perceptual), data)
 
 
-def comparable(*, scale: int | None, degradation: object, seed: int) -> dict[str, object]:
-    """Return what besides protocol and weights of metrics must be equal for two evaluations to be comparable."""
-    return {"scale": scale, "degradation": degradation, "seed": seed}
+def comparable(*, scale: int | None, degradation: object, seed: int, measured: Sequence[Measured]) -> dict[str, object]:
+    """Return what besides protocol and weights of metrics must be equal for two evaluations to be comparable.
+
+    Tags of LR images are part of it where some were read, so that evaluations without any stay comparable with earlier ones.
+    """
+    found: dict[str, object] = {"scale": scale, "degradation": degradation, "seed": seed}
+    return found | ({"tags": tags_read(measured)} if any(one.lr_tags is not None for one in measured) else {})
 
 
 def held_out(context: RunContext) -> list[Photograph]:
     """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own.
+
+    Their tags are those of the LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
 
     Raises:
         UserError: if two of them have the same name.
@@ -82,9 +91,10 @@ def held_out(context: RunContext) -> list[Photograph]:
         original = np.ascontiguousarray(image[:height, :width])
         lr = degrade(original, scale, recipe.degradation, np.random.default_rng([recipe.evaluate.seed, index]))
         name = str(meta["file"]).rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        tags = meta["tags"]
+        of_lr = "tags_lr" in meta
+        tags = meta["tags_lr" if of_lr else "tags"]
         words = tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()
-        photographs.append(Photograph(name=name, original=original, lr=lr, tags=words))
+        photographs.append(Photograph(name=name, original=original, lr=lr, tags=words, tags_of_lr=of_lr))
     check_names([photograph.name for photograph in photographs])
     return photographs
 
@@ -121,6 +131,8 @@ def _publish(context: RunContext, url: str, photographs: Sequence[Photograph]) -
                 save_png(pixels, path)
     tags = {photograph.name: list(photograph.tags) for photograph in photographs}
     facts = {"degradation": asdict(recipe.degradation), "seed": recipe.evaluate.seed, "tags": tags}
+    of_lr = [photograph.name for photograph in photographs if photograph.tags_of_lr]
+    facts |= {"lr_tags": of_lr} if of_lr else {}
     storage.write_json(storage.join(url, TEST_SET, "lr", TEST_SET_FILE), facts)
 
 

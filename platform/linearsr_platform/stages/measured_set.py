@@ -147,6 +147,13 @@ def test_set_hash(measured: Sequence[Measured]) -> str:
     return stable_hash(sorted(one.digest for one in measured))
 
 
+def tags_read(measured: Sequence[Measured]) -> str:
+    """Say of how many pictures a model read tags of the LR image, with their hash; of the others it read the original's, if any."""
+    read = sorted((one.digest, one.lr_tags) for one in measured if one.lr_tags is not None)
+    told = f"of the LR image: {len(read)} of {len(measured)}"
+    return f"{told}, {stable_hash(read)[:12]}" if read else told
+
+
 def check_names(names: Sequence[str]) -> None:
     """Refuse a test set in which two pictures have one name, of which one would be lost.
 
@@ -165,14 +172,15 @@ def _fid(protocol: str, row: str, measured: Sequence[Measured]) -> float:
 
 
 def _earlier(results_url: str | None, photograph: Piece) -> Measured | None:
-    """Return what an interrupted run has measured of the very same pixels."""
+    """Return what an interrupted run has measured of the very same pixels and tags of the LR image."""
     if results_url is None or not storage.exists(file := _file(results_url, photograph.name)):
         return None
     try:
         found = Measured.from_json(storage.read_text(file))
     except ValueError:
         return None
-    return found if found.digest == photograph.load().digest else None
+    now = photograph.load()
+    return found if (found.digest, found.lr_tags) == (now.digest, now.lr_tags) else None
 
 
 def _file(results_url: str, name: str) -> str:

@@ -48,10 +48,18 @@ class Photograph:
     restored: Pixels | None = None
     """A picture that somebody made already; None has the model make it."""
     tags: tuple[str, ...] = ()
+    """What the model is told."""
+    tags_of_lr: bool = False
+    """Whether `tags` are those of the LR image, as inference has them, and not those of the original."""
 
     def load(self) -> "Photograph":
         """Return it; pieces that are files are read here."""
         return self
+
+    @property
+    def lr_tags(self) -> list[str] | None:
+        """Tags of the LR image that a model reads; None if it reads others, or there is nothing left to make."""
+        return list(self.tags) if self.tags_of_lr and self.restored is None else None
 
     @property
     def digest(self) -> str:
@@ -100,6 +108,8 @@ class Measured:
     """Protocol to row to metric to value; the sweep is in rows `steps-N` of the first protocol."""
     features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Protocol to row, and `original`, to what FID compares, as base64 of float32."""
+    lr_tags: list[str] | None = None
+    """Tags of the LR image that were read; None if there were none."""
 
     def to_json(self) -> str:
         """Write it as one JSON object; NaN stays what it is."""
@@ -163,7 +173,7 @@ class Measurer:
             if features and photograph.original is not None:
                 original = self._features(to_tensor(photograph.original))
                 features = {name: {**rows, "original": original} for name, rows in features.items()}
-        return Measured(digest=photograph.digest, values=values, features=features)
+        return Measured(digest=photograph.digest, values=values, features=features, lr_tags=photograph.lr_tags)
 
     def _pictures(self, photograph: Photograph) -> Iterator[tuple[str, Tensor, float | None]]:
         """Yield each row with its picture (1, 3, H, W) and its seams, if they are known."""

@@ -1,6 +1,6 @@
 """Which pictures of several folders belong together: those of one name, and every folder has every name."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,8 @@ class PictureFiles:
     name: str
     files: Mapping[Kind, Path]
     tags: tuple[str, ...] = field(default=())
+    tags_of_lr: bool = False
+    """See `Photograph`."""
 
     def load(self) -> Photograph:
         """Read every file as 8-bit sRGB.
@@ -36,14 +38,26 @@ class PictureFiles:
         """
         found: dict[Kind, Pixels] = {kind: _pixels(path) for kind, path in self.files.items()}
         return Photograph(
-            name=self.name, original=found.get("original"), lr=found.get("lr"), restored=found.get("restored"), tags=self.tags
+            name=self.name,
+            original=found.get("original"),
+            lr=found.get("lr"),
+            restored=found.get("restored"),
+            tags=self.tags,
+            tags_of_lr=self.tags_of_lr,
         )
 
 
-def match_by_name(folders: Mapping[Kind, Path], tags: Mapping[str, tuple[str, ...]] | None = None) -> list[PictureFiles]:
+def match_by_name(
+    folders: Mapping[Kind, Path], tags: Mapping[str, tuple[str, ...]] | None = None, lr_tags: Container[str] = ()
+) -> list[PictureFiles]:
     """Return the photographs of some folders, in order of name.
 
     A name is a file's without its suffix. Nothing is guessed: `a.png` and `ax4.png` are two names.
+
+    Args:
+        folders: of the pictures of each kind.
+        tags: what a model is told, by name.
+        lr_tags: names of those whose tags are of the LR image.
 
     Raises:
         UserError: naming what is missing in a folder, has a name twice, or of no picture.
@@ -60,7 +74,15 @@ def match_by_name(folders: Mapping[Kind, Path], tags: Mapping[str, tuple[str, ..
                 "expected the same names in every folder; fix: bring it, or take the other away"
             )
     words = tags or {}
-    return [PictureFiles(name=name, files={kind: files[name] for kind, files in found.items()}, tags=words.get(name, ())) for name in every]
+    return [
+        PictureFiles(
+            name=name,
+            files={kind: files[name] for kind, files in found.items()},
+            tags=words.get(name, ()),
+            tags_of_lr=name in lr_tags,
+        )
+        for name in every
+    ]
 
 
 def check_sizes(photographs: list[PictureFiles], scale: int | None) -> int | None:

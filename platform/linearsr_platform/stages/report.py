@@ -112,7 +112,8 @@ def _evaluation(context: RunContext) -> dict[str, Any]:
     first = tables[context.recipe.evaluate.protocols[0]]
     degradation = first.protocol["degradation"]
     preset = degradation.get("preset", "quickstart") if isinstance(degradation, dict) else degradation
-    protocol = f"{first.protocol['metrics']}; degradation {preset}"
+    tags = f"tags {found['tags']}" if "tags" in found else ""
+    protocol = "; ".join(filter(None, (f"{first.protocol['metrics']}", f"degradation {preset}", tags)))
     labels = _labels(context)
     rows = [
         EvaluationRow(kind=kind, label=label, values=dict(first.rows[kind]), per_photograph=_by_image(first.values[kind]))
@@ -123,6 +124,7 @@ def _evaluation(context: RunContext) -> dict[str, Any]:
         "evaluation": tuple(rows),
         "protocols": tuple(_scores(name, tables[name], labels) for name in context.recipe.evaluate.protocols),
         "test_set": first.test_set,
+        "tags_read": tags,
         "sweep": tuple(SweepPoint(steps=int(steps), values=values) for steps, values in found["sweep"].items()),
     }
 
