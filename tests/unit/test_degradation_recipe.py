@@ -1,27 +1,20 @@
 """Presets of degradation: their published numbers, pasted files, and what is said about mistakes."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from minimal_recipe import MINIMAL, problems_of, write_recipe
+
 from linearsr.config import DegradationConfig
 from linearsr.degradation_config import InvSrDegradation, RealEsrganDegradation, SecondOrderDegradation, StableSrDegradation, changed_keys
-from linearsr_platform.errors import RecipeErrors
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.notes import notes_on
+from linearsr_platform.recipe.schema import Recipe
 
-MINIMAL = """\
-name: small
-data:
-  sources:
-    photos: {url: /photos}
-model: {preset: nano}
-pretrain: {max_steps: 10, lr: 1e-4}
-experts:
-  train: {max_steps: 10}
-finetune:
-  train: {max_steps: 10}
-"""
 # Both blocks of options/train_realesrgan_x4plus.yml as they stand there, with one gt_size; its blur keys belong to the data set.
 PASTED = """\
   l1_gt_usm: True
@@ -70,16 +63,12 @@ PASTED = """\
 """
 
 
-def load(tmp_path: Path, degradation: str, *overrides: str) -> object:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(MINIMAL + degradation)
-    return load_recipe(str(path), None, list(overrides)).recipe
+def write(folder: Path, degradation: str) -> str:
+    return write_recipe(folder, MINIMAL + degradation)
 
 
-def problems_of(tmp_path: Path, degradation: str, *overrides: str) -> dict[str, tuple[str, str]]:
-    with pytest.raises(RecipeErrors) as caught:
-        load(tmp_path, degradation, *overrides)
-    return {problem.key: (problem.rule, problem.fix) for problem in caught.value.errors}
+def load(folder: Path, degradation: str) -> Recipe:
+    return load_recipe(write(folder, degradation)).recipe
 
 
 def test_a_file_of_real_esrgan_pastes_as_it_is_and_says_what_is_not_read(tmp_path: Path) -> None:
@@ -145,10 +134,12 @@ def _shared(config: SecondOrderDegradation) -> dict[str, object]:
     ],
 )
 def test_a_mistake_is_named_at_its_key_within_its_preset(tmp_path: Path, text: str, key: str, rule: str, fix: str) -> None:
-    ((found, (said, mend)),) = problems_of(tmp_path, f"degradation: {text}").items()
-    assert (found, mend) == (f"degradation.{key}", fix)
-    assert said.startswith(rule)
+    (problem,) = problems_of(write(tmp_path, f"degradation: {text}"))
+    assert (problem.key, problem.fix) == (f"degradation.{key}", fix)
+    assert problem.rule.startswith(rule)
 
 
 def test_a_section_that_is_no_section_is_named(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, "degradation: 3")["degradation"][0].startswith("a section with keys like")
+    (problem,) = problems_of(write(tmp_path, "degradation: 3"))
+    assert problem.key == "degradation"
+    assert problem.rule.startswith("a section with keys like")

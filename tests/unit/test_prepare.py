@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 from uuid import uuid4
@@ -11,41 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from prepared_photos import config, everything, fill, images, photo, run
+
 from linearsr_platform import storage
-from linearsr_platform.data.manifest import Manifest, load_manifest, verify_shards
-from linearsr_platform.data.prepare import prepare
-from linearsr_platform.data.reader import read_images
+from linearsr_platform.data.manifest import load_manifest, verify_shards
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
-
-
-def photo(seed: int, width: int = 96, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def fill(folder: Path, *names: str) -> Path:
-    for seed, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo(seed).save(path)
-    return folder
-
-
-def config(url: object = "", **changes: object) -> DataConfig:
-    values = {"sources": {"mine": {"url": str(url)}}, "validation_px": 24, "min_side_px": 24}
-    return DataConfig.model_validate(values | changes)
-
-
-def run(data: DataConfig, output: object, *, folder: object = ".", min_shards: int = 1) -> Manifest:
-    return prepare(data, recipe_folder=str(folder), output_url=str(output), min_shards=min_shards)
-
-
-def images(manifest: Manifest, output: object, split: str) -> dict[str, tuple[np.ndarray, dict]]:
-    return {key: (pixels, meta) for key, pixels, meta in read_images(manifest.shard_urls(str(output), split))}
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_photographs_give_the_same_bytes(tmp_path: Path) -> None:

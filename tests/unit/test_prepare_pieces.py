@@ -18,6 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from prepared_photos import config, everything, fill, images, photo, run
+
 from linearsr.codec import make_codec
 from linearsr.codec_source import codec_digest
 from linearsr.config import CodecConfig
@@ -28,38 +32,7 @@ from linearsr_platform.data.images import decode_stored
 from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.picture_shards import read_members
 from linearsr_platform.data.prepare import prepare
-from linearsr_platform.data.reader import read_images
 from linearsr_platform.errors import StageError, UserError
-from linearsr_platform.recipe.data_schema import DataConfig
-
-
-def photo(seed: int, width: int = 96, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def fill(folder: Path, *names: str) -> Path:
-    for seed, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo(seed).save(path)
-    return folder
-
-
-def config(url: object = "", **changes: object) -> DataConfig:
-    values = {"sources": {"mine": {"url": str(url)}}, "validation_px": 24, "min_side_px": 24}
-    return DataConfig.model_validate(values | changes)
-
-
-def run(data: DataConfig, output: object, *, folder: object = ".", min_shards: int = 1) -> Manifest:
-    return prepare(data, recipe_folder=str(folder), output_url=str(output), min_shards=min_shards)
-
-
-def images(manifest: Manifest, output: object, split: str) -> dict[str, tuple[np.ndarray, dict]]:
-    return {key: (pixels, meta) for key, pixels, meta in read_images(manifest.shard_urls(str(output), split))}
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Interrupted(Exception):

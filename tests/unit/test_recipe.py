@@ -2,49 +2,30 @@
 
 import json
 import random
+import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings, strategies
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from minimal_recipe import MINIMAL, problems_of, write_recipe
+
 from linearsr.guard import GuardConfig
-from linearsr_platform.errors import RecipeErrors
 from linearsr_platform.recipe.document import parse_document
 from linearsr_platform.recipe.identity import changes, stable_hash
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.merge import Layer, Merged
 from linearsr_platform.recipe.validate import validate
 
-MINIMAL = """\
-name: small
-data:
-  sources:
-    photos: {url: /photos}
-model: {preset: nano}
-pretrain: {max_steps: 10, lr: 1e-4}
-experts:
-  train: {max_steps: 10}
-finetune:
-  train: {max_steps: 10}
-"""
-
 
 @pytest.fixture
 def write(tmp_path):
-    def write_file(text, name="recipe.yaml"):
-        path = tmp_path / name
-        path.write_text(text)
-        return str(path)
-
-    return write_file
-
-
-def problems_of(*arguments):
-    with pytest.raises(RecipeErrors) as caught:
-        load_recipe(*arguments)
-    return caught.value.errors
+    return partial(write_recipe, tmp_path)
 
 
 @pytest.mark.parametrize(
