@@ -97,9 +97,24 @@ def decode_picture(content: bytes, name: str) -> Picture:
                 notes.append("XMP left out: it may tell of the old size and orientation")
             picture = _from_samples(image, deep) if deep is not None else _from_image(image, notes, grey=grey)
     except DECODING_ERRORS as error:
-        raise PictureError(f"{name}: {_reason(error)}; expected a whole picture file; fix: check or convert it") from error
+        reason = why_undecoded(error, "a picture")
+        raise PictureError(f"{name}: {reason}; expected a whole picture file; fix: check or convert it") from error
     picture = replace(picture, exif=exif, notes=(*notes, *picture.notes))
     return _into_srgb(picture, profile) if profile else picture
+
+
+def why_undecoded(error: Exception, what: str) -> str:
+    """Put a decoder's complaint, one of `DECODING_ERRORS`, into one line.
+
+    Args:
+        error: as it was raised.
+        what: what the file was taken for, with its article, as in `a picture`.
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return f"not {what} that can be decoded"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"suspiciously large, possibly a decompression bomb: {error}"
+    return f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def resample(plane: Plane, size: tuple[int, int], kernel: Image.Resampling) -> Plane:
@@ -224,12 +239,3 @@ def _from_samples(image: Image.Image, samples: NDArray[np.uint16]) -> Picture:
     colour = np.repeat(scaled[..., :1], 3, axis=2) if grey else np.ascontiguousarray(scaled[..., :3])
     alpha = scaled[..., -1].copy() if image.mode in ("RGBA", "LA") else None
     return Picture(colour, alpha=alpha, grey=grey, bits=16)
-
-
-def _reason(error: Exception) -> str:
-    """Put a decoder's complaint into one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture that can be decoded"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"suspiciously large, possibly a decompression bomb: {error}"
-    return f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"

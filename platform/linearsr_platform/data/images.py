@@ -9,9 +9,9 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from linearsr.pictures import DECODING_ERRORS
+from linearsr.pictures import DECODING_ERRORS, why_undecoded
 
 Pixels = NDArray[np.uint8]
 
@@ -60,7 +60,7 @@ def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> De
                 upright = image.getexif().get(ORIENTATION, 1) == 1
                 rgb = to_rgb(ImageOps.exif_transpose(image))
         except DECODING_ERRORS as error:
-            raise BadImageError(_reason(error)) from error
+            raise BadImageError(why_undecoded(error, "an image")) from error
     if halve_jpeg and kind in ("JPEG", "MPO"):
         rgb = halve(rgb)
     verbatim = kind == "JPEG" and mode in ("L", "RGB") and upright and not halve_jpeg
@@ -115,7 +115,7 @@ def decode_png(content: bytes) -> Pixels:
         with Image.open(BytesIO(content), formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
     except DECODING_ERRORS as error:
-        raise BadImageError(_reason(error)) from error
+        raise BadImageError(why_undecoded(error, "an image")) from error
 
 
 def decode_stored(content: bytes, box: tuple[int, int, int, int] | None = None) -> Pixels:
@@ -132,7 +132,7 @@ def decode_stored(content: bytes, box: tuple[int, int, int, int] | None = None) 
         with Image.open(BytesIO(content), formats=("PNG", "JPEG")) as image:
             pixels = np.asarray(image.convert("RGB"))
     except DECODING_ERRORS as error:
-        raise BadImageError(_reason(error)) from error
+        raise BadImageError(why_undecoded(error, "an image")) from error
     if box is None:
         return pixels
     left, top, right, bottom = box
@@ -152,12 +152,3 @@ def sharpness(pixels: Pixels) -> float:
     centre = luma[1:-1, 1:-1]
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * centre
     return float(laplacian.var())
-
-
-def _reason(error: Exception) -> str:
-    """Put a decoder's complaint into one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be decoded"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"suspiciously large, possibly a decompression bomb: {error}"
-    return f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
