@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from linearsr.attention import CrossAttention, KeyValue, LinearAttention
 from linearsr.config import BackboneConfig
-from linearsr.fused import gated_depthwise, modulated_norm
+from linearsr.depthwise import gated_depthwise
+from linearsr.fused import modulated_norm
 from linearsr.linear import Linear
 
 

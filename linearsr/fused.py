@@ -1,19 +1,24 @@
 """Pieces of the block with gradients written by hand: equal results, fewer tensors kept for the backward pass.
 
 Autograd keeps every intermediate that a derivative needs. These functions keep their inputs alone and compute the cheap,
-pointwise and depthwise parts again; the matrix products, which are most of the time, still run once each way.
+pointwise parts again; the matrix products, which are most of the time, still run once each way. On a CPU they work on bands of tokens.
+`linearsr.depthwise` is another of them.
 
-Shape suffixes: B batch, N tokens = H x W of the latent grid, C width, H heads, D head width, F hidden channels of Mix-FFN.
+Shape suffixes: B batch, N tokens = H x W of the latent grid, n tokens of a band, C width, H heads, D head width.
 Each function supports one backward pass, in any float dtype and on any device; none has a second derivative.
-Source: method.md 2.2, 2.3, 2.5.
+Source: method.md 2.2, 2.3.
 """
 
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from linearsr.bands import bands
 
 aten = torch.ops.aten
 
@@ -38,33 +43,30 @@ def relu_attention(qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tenso
     return _ReluAttention.apply(qkv_BNC3, head_width, eps)  # type: ignore[no-any-return]
 
 
-def gated_depthwise(hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Apply SiLU, a depthwise 3x3 convolution on the grid and a SiLU gate: (B, N, 2 F) -> (B, N, F). Keeps its input alone.
-
-    Args:
-        hidden_BNF2: Tokens of the (H, W) grid in row-major order.
-        weight, bias: Of the convolution, (2 F, 1, 3, 3) and (2 F,).
-        grid: (H, W).
-    """
-    return _GatedDepthwise.apply(hidden_BNF2, weight, bias, grid)  # type: ignore[no-any-return]
-
-
 class _ModulatedNorm(torch.autograd.Function):
+    """One sample's modulation is an affine norm, which torch does in one pass; a GPU takes several samples at once rather."""
+
     @staticmethod
     def forward(ctx: Any, x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor, eps: float) -> Tensor:
-        normed_BNC, mean, inverse_std = aten.native_layer_norm(x_BNC, x_BNC.shape[-1:], None, None, eps)
+        if _one_by_one(x_BNC):
+            samples = zip(*(torch.split(part, 1) for part in (x_BNC, shift_B1C, 1 + scale_B1C)), strict=True)
+            of_samples = [aten.native_layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps) for x, shift, scale in samples]
+            out_BNC, mean, inverse_std = (_joined(parts, dim=0) for parts in zip(*of_samples, strict=True))
+        else:
+            normed_BNC, mean, inverse_std = aten.native_layer_norm(x_BNC, x_BNC.shape[-1:], None, None, eps)
+            out_BNC = torch.addcmul(shift_B1C, normed_BNC, 1 + scale_B1C)
         ctx.save_for_backward(x_BNC, scale_B1C, mean, inverse_std)
-        return torch.addcmul(shift_B1C, normed_BNC, 1 + scale_B1C)
+        return out_BNC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor | None, ...]:
         x_BNC, scale_B1C, mean, inverse_std = ctx.saved_tensors
-        if x_BNC.shape[0] == 1:
-            # One sample's modulation is an affine norm, whose gradients torch takes in one pass.
-            weight = 1 + scale_B1C.flatten()
-            grads = aten.native_layer_norm_backward(grad_BNC, x_BNC, weight.shape, mean, inverse_std, weight, weight, [True, True, True])
-            return grads[0], grads[2].view_as(scale_B1C), grads[1].view_as(scale_B1C), None
+        if _one_by_one(x_BNC):
+            samples = zip(*(torch.split(part, 1) for part in (grad_BNC, x_BNC, 1 + scale_B1C, mean, inverse_std)), strict=True)
+            of_samples = [_affine_norm_gradients(*sample) for sample in samples]
+            grad_x, grad_scale, grad_shift = (_joined(parts, dim=0) for parts in zip(*of_samples, strict=True))
+            return grad_x, grad_shift.view_as(scale_B1C), grad_scale.view_as(scale_B1C), None
         normed_BNC = ((x_BNC - mean) * inverse_std).to(grad_BNC.dtype)
         grad_scale = (grad_BNC * normed_BNC).sum(dim=1, keepdim=True)
         grad_normed = grad_BNC * (1 + scale_B1C)
@@ -75,16 +77,20 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 class _ReluAttention(torch.autograd.Function):
+    """Both passes go over the bands twice: sums over all tokens must be there before any token meets them."""
+
     @staticmethod
     def forward(ctx: Any, qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tensor, Tensor]:
-        query, key, value = _wide_heads(qkv_BNC3, head_width)
-        state = _state(key, value)
-        summed = query @ state  # (B, H, N, D + 1)
-        normaliser = summed[..., head_width:]
-        mixed_BNC = torch.empty((*qkv_BNC3.shape[:2], qkv_BNC3.shape[2] // 3), dtype=summed.dtype, device=summed.device)
-        torch.div(summed[..., :head_width], normaliser + eps, out=_heads(mixed_BNC, head_width))
-        out_BNC = mixed_BNC.to(qkv_BNC3.dtype)
-        ctx.save_for_backward(qkv_BNC3, out_BNC)
+        cuts = _token_bands(qkv_BNC3)
+        state = _total(_state(*(_wide_heads(qkv_BNC3[:, band], head_width, part) for part in (KEY, VALUE))) for band in cuts)
+        out_BNC = qkv_BNC3.new_empty((*qkv_BNC3.shape[:2], qkv_BNC3.shape[2] // 3))
+        normalisers = []
+        for band in cuts:
+            summed = _wide_heads(qkv_BNC3[:, band], head_width, QUERY) @ state  # (B, H, n, D + 1)
+            normalisers.append(summed[..., head_width:])
+            torch.div(summed[..., :head_width], normalisers[-1] + eps, out=_heads(out_BNC[:, band], head_width))
+        normaliser = _joined(normalisers, dim=2)
+        ctx.save_for_backward(qkv_BNC3, out_BNC, state)
         ctx.head_width, ctx.eps = head_width, eps
         ctx.mark_non_differentiable(normaliser)
         return out_BNC, normaliser
@@ -92,122 +98,67 @@ class _ReluAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_BNC3, out_BNC = ctx.saved_tensors
-        width = ctx.head_width
-        query, key, value = _wide_heads(qkv_BNC3, width)
-        grad, mixed = (_heads(part, width).to(query.dtype) for part in (grad_BNC, out_BNC))
-        state = _state(key, value)
-        normaliser = query @ state[..., width:] + ctx.eps
-        # The gradient of the numerator and of the normaliser side by side, as the state holds both.
-        grad_summed = torch.empty((*grad.shape[:-1], width + 1), dtype=query.dtype, device=query.device)
-        torch.div(grad, normaliser, out=grad_summed[..., :width])
-        torch.sum(grad_summed[..., :width] * mixed, dim=-1, keepdim=True, out=grad_summed[..., width:]).neg_()
-        grad_state = query.transpose(-1, -2) @ grad_summed  # (B, H, D, D + 1)
-        grad_query = grad_summed @ state.transpose(-1, -2)
-        grad_key = value @ grad_state[..., :width].transpose(-1, -2) + grad_state[..., width:].transpose(-1, -2)
+        qkv_BNC3, out_BNC, state = ctx.saved_tensors
+        width, cuts = ctx.head_width, _token_bands(qkv_BNC3)
         grad_qkv = torch.empty_like(qkv_BNC3)
         into = [_heads(part, width) for part in grad_qkv.chunk(3, dim=-1)]
-        # ReLU's derivative, read off its output and written where the gradient belongs.
-        for active, grad_active, place in ((query, grad_query, into[0]), (key, grad_key, into[1])):
-            same = place.dtype == grad_active.dtype
-            aten.threshold_backward.grad_input(grad_active, active, 0, grad_input=place if same else grad_active)
-            if not same:
-                place.copy_(grad_active)
-        into[2].copy_(key @ grad_state[..., :width])
+
+        def grad_state_of(band: slice) -> Tensor:
+            query = _wide_heads(qkv_BNC3[:, band], width, QUERY)
+            grad, mixed = (_heads(part[:, band], width).to(query.dtype) for part in (grad_BNC, out_BNC))
+            normaliser = query @ state[..., width:] + ctx.eps
+            # The gradient of the numerator and of the normaliser side by side, as the state holds both.
+            grad_summed = torch.empty((*grad.shape[:-1], width + 1), dtype=query.dtype, device=query.device)
+            torch.div(grad, normaliser, out=grad_summed[..., :width])
+            torch.sum(grad_summed[..., :width] * mixed, dim=-1, keepdim=True, out=grad_summed[..., width:]).neg_()
+            _put_active(into[QUERY][:, :, band], grad_summed @ state.transpose(-1, -2), query)
+            return query.transpose(-1, -2) @ grad_summed  # (B, H, D, D + 1)
+
+        grad_state = _total(grad_state_of(band) for band in cuts)
+        for band in cuts:
+            key, value = (_wide_heads(qkv_BNC3[:, band], width, part) for part in (KEY, VALUE))
+            grad_key = value @ grad_state[..., :width].transpose(-1, -2) + grad_state[..., width:].transpose(-1, -2)
+            _put_active(into[KEY][:, :, band], grad_key, key)
+            into[VALUE][:, :, band].copy_(key @ grad_state[..., :width])
         return grad_qkv, None, None
 
 
-class _GatedDepthwise(torch.autograd.Function):
-    """Works on a few channels of value and gate at a time, so that what is in between stays in the processor's cache."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(hidden_BNF2, weight, bias)
-        ctx.grid = grid
-        out_BNF = hidden_BNF2.new_empty((*hidden_BNF2.shape[:2], hidden_BNF2.shape[2] // 2))
-        for channels in _channel_slices(hidden_BNF2):
-            kernel, offset = (_paired(part, channels, dim=0) for part in (weight, bias))
-            value, gate = _convolved(_active(hidden_BNF2, channels), kernel, offset, grid).chunk(2, dim=-1)
-            torch.mul(value, F.silu(gate), out=out_BNF[..., channels])
-        return out_BNF
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BNF: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_BNF2, weight, bias = ctx.saved_tensors
-        grads = [torch.empty_like(part) for part in (hidden_BNF2, weight, bias)]
-        for channels in _channel_slices(hidden_BNF2):
-            active = _active(hidden_BNF2, channels)
-            kernel, offset = (_paired(part, channels, dim=0) for part in (weight, bias))
-            value, gate = _convolved(active, kernel, offset, ctx.grid).chunk(2, dim=-1)
-            grad_convolved = torch.empty_like(active)
-            into_value, into_gate = grad_convolved.chunk(2, dim=-1)
-            grad_out = grad_BNF[..., channels]
-            torch.mul(grad_out, F.silu(gate), out=into_value)
-            aten.silu_backward.grad_input(grad_out * value, gate, grad_input=into_gate)
-            groups = kernel.shape[0]
-            grad_active, *grad_kernel = aten.convolution_backward(
-                _planes(grad_convolved, ctx.grid), _planes(active, ctx.grid), kernel, [groups],
-                [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, True],
-            )  # fmt: skip
-            for grad, part in zip(grads[1:], grad_kernel, strict=True):
-                _put_paired(grad, channels, part, dim=0)
-            for place, part in zip(_pair(channels, hidden_BNF2.shape[-1]), _tokens(grad_active).chunk(2, dim=-1), strict=True):
-                aten.silu_backward.grad_input(part, hidden_BNF2[..., place], grad_input=grads[0][..., place])
-        return (*grads, None)
+QUERY, KEY, VALUE = 0, 1, 2
 
 
-CACHED_VALUES = 1 << 20
-"""Values of one intermediate that are worked on at a time on a CPU; the fastest of 2^16 to 2^22 at 1024 and 4096 tokens."""
-MIN_CHANNELS = 64
-"""Narrower slices make the depthwise convolution itself slow, up to ten times at 16 channels."""
+def _one_by_one(x_BNC: Tensor) -> bool:
+    return x_BNC.shape[0] == 1 or x_BNC.device.type == "cpu"
 
 
-def _channel_slices(hidden_BNF2: Tensor) -> list[slice]:
-    """Cut the F channels into slices that fit the cache; a GPU takes them all at once."""
-    channels = hidden_BNF2.shape[-1] // 2
-    step = channels
-    if hidden_BNF2.device.type == "cpu":
-        step = max(MIN_CHANNELS, CACHED_VALUES // (2 * hidden_BNF2.shape[0] * hidden_BNF2.shape[1]) // 16 * 16)
-    return [slice(start, min(start + step, channels)) for start in range(0, channels, step)]
+def _affine_norm_gradients(grad_1NC: Tensor, x_1NC: Tensor, weight_11C: Tensor, mean: Tensor, inverse_std: Tensor) -> list[Tensor]:
+    """Return the gradients of the input (1, N, C), the weight (1, C) and the bias (1, C)."""
+    weight = weight_11C.flatten()
+    grads = aten.native_layer_norm_backward(grad_1NC, x_1NC, weight.shape, mean, inverse_std, weight, weight, [True, True, True])
+    return [grads[0], grads[1][None], grads[2][None]]
 
 
-def _pair(channels: slice, width: int) -> tuple[slice, slice]:
-    """Return where the value's channels are among `width`, and where their gates are."""
-    return channels, slice(channels.start + width // 2, channels.stop + width // 2)
+def _token_bands(x_BNC: Tensor) -> list[slice]:
+    return bands(x_BNC.shape[1], x_BNC.shape[0] * x_BNC.shape[2], x_BNC)
 
 
-def _paired(part: Tensor, channels: slice, dim: int) -> Tensor:
-    """Return the channels of value and gate side by side."""
-    return torch.cat([part.narrow(dim, one.start, one.stop - one.start) for one in _pair(channels, part.shape[dim])], dim=dim)
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
-def _put_paired(whole: Tensor, channels: slice, part: Tensor, dim: int) -> None:
-    """Write the channels of value and gate back to where `_paired` took them from."""
-    for one, half in zip(_pair(channels, whole.shape[dim]), part.chunk(2, dim=dim), strict=True):
-        whole.narrow(dim, one.start, one.stop - one.start).copy_(half)
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
-def _active(hidden_BNF2: Tensor, channels: slice) -> Tensor:
-    """Return SiLU of the channels of value and gate, (B, N, 2 K) contiguous."""
-    active = hidden_BNF2.new_empty((*hidden_BNF2.shape[:2], 2 * (channels.stop - channels.start)))
-    for place, into in zip(_pair(channels, hidden_BNF2.shape[-1]), active.chunk(2, dim=-1), strict=True):
-        aten.silu.out(hidden_BNF2[..., place], out=into)
-    return active
+def _wide_heads(qkv_BnC3: Tensor, head_width: int, part: int) -> Tensor:
+    """Return ReLU queries, ReLU keys or values, (B, H, n, D), in float32 or wider."""
+    one_BnC = qkv_BnC3.chunk(3, dim=-1)[part]
+    wide = one_BnC.to(torch.promote_types(one_BnC.dtype, torch.float32))
+    return _heads(wide if part == VALUE else F.relu(wide), head_width)
 
 
-def _wide_heads(qkv_BNC3: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ReLU queries, ReLU keys and values, (B, H, N, D) each, in float32 or wider."""
-    wide = qkv_BNC3.to(torch.promote_types(qkv_BNC3.dtype, torch.float32))
-    query_key, value = wide.split([wide.shape[-1] // 3 * 2, wide.shape[-1] // 3], dim=-1)  # type: ignore[no-untyped-call]
-    active = F.relu(query_key, inplace=wide is not qkv_BNC3)
-    query, key, value = (_heads(part, head_width) for part in (*active.chunk(2, dim=-1), value))
-    return query, key, value
-
-
-def _heads(x_BNC: Tensor, head_width: int) -> Tensor:
-    """View (B, N, C) as (B, H, N, D)."""
-    return x_BNC.view(*x_BNC.shape[:-1], -1, head_width).transpose(1, 2)
+def _heads(x_BnC: Tensor, head_width: int) -> Tensor:
+    """View (B, n, C) as (B, H, n, D)."""
+    return x_BnC.view(*x_BnC.shape[:-1], -1, head_width).transpose(1, 2)
 
 
 def _state(key: Tensor, value: Tensor) -> Tensor:
@@ -215,15 +166,9 @@ def _state(key: Tensor, value: Tensor) -> Tensor:
     return torch.cat([key.transpose(-1, -2) @ value, key.sum(dim=-2, keepdim=True).transpose(-1, -2)], dim=-1)
 
 
-def _planes(x_BNF: Tensor, grid: tuple[int, int]) -> Tensor:
-    """View tokens as (B, F, H, W); that is channels-last in memory, so nothing is copied."""
-    return x_BNF.view(x_BNF.shape[0], *grid, -1).permute(0, 3, 1, 2)
-
-
-def _tokens(x_BFHW: Tensor) -> Tensor:
-    """View (B, F, H, W), channels-last in memory, as tokens (B, N, F)."""
-    return x_BFHW.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _convolved(active_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
-    return _tokens(F.conv2d(_planes(active_BNF2, grid), weight, bias, padding=1, groups=weight.shape[0]))
+def _put_active(place: Tensor, grad_active: Tensor, active: Tensor) -> None:
+    """Write the gradient before a ReLU where it belongs; the derivative is read off the ReLU's output."""
+    same = place.dtype == grad_active.dtype
+    aten.threshold_backward.grad_input(grad_active, active, 0, grad_input=place if same else grad_active)
+    if not same:
+        place.copy_(grad_active)

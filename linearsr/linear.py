@@ -1,9 +1,11 @@
-"""A linear layer that takes the faster of the two matrix libraries inside torch.
+"""A linear layer that takes the fastest of the matrix libraries inside torch.
 
-On a CPU torch sends float32 products to its BLAS, MKL in the released builds, which on other makers' processors runs at half of their
-speed: 107 against 220 GFLOP/s of oneDNN on one core of an AMD EPYC with AVX-512. oneDNN is in the same torch, and just as exact.
+On a CPU torch sends float32 products to its BLAS, MKL in the released builds, which does not use the AVX-512 of other makers' processors:
+107 against 220 GFLOP/s of oneDNN on one core of an AMD EPYC that has it. oneDNN is in the same torch, and just as exact. Without AVX-512
+MKL is the faster, 85 against 65. Half precision then has no library at all: torch multiplies one number at a time, 8 GFLOP/s.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,39 +18,67 @@ MIN_PRODUCTS = 1 << 22
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with the same weights and output, and another library under float32 on a CPU."""
+    """`nn.Linear` with the same weights, and on a CPU another library under its products."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Project the last axis: (..., in_features) -> (..., out_features)."""
-        rows = input.numel() // self.in_features
-        if not (_takes(input, self.weight) and rows * self.weight.numel() >= MIN_PRODUCTS):
+        if not _takes(input, self.weight):
             return F.linear(input, self.weight, self.bias)
-        flat = input.reshape(rows, self.in_features)
-        return _OneDnnLinear.apply(flat, self.weight, self.bias).view(*input.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        flat = input.reshape(-1, self.in_features)
+        return _CpuLinear.apply(flat, self.weight, self.bias).view(*input.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _CpuLinear(torch.autograd.Function):
+    """Computes in `product_dtype`, and keeps what autograd would keep for `F.linear`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        wide = product_dtype(x)
+        return _product(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = _product(grad, weight.t()) if needs_x else None
-        grad_weight = _product(grad.t(), x.t()) if needs_weight else None
-        return grad_x, grad_weight, grad.sum(dim=0) if needs_bias else None
+        wide = grad.to(product_dtype(grad))
+        grad_x = _product(wide, weight.t().to(wide.dtype)).to(x.dtype) if needs_x else None
+        grad_weight = _product(wide.t(), x.t().to(wide.dtype)).to(weight.dtype) if needs_weight else None
+        return grad_x, grad_weight, wide.sum(dim=0).to(grad.dtype) if needs_bias else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return what to multiply values like `x` in: float32 for halves on a CPU without instructions for them, else their own dtype."""
+    slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
+    return torch.float32 if slow else x.dtype
+
+
+@cache
+def _has_instructions(half: torch.dtype) -> bool:
+    """Say whether oneDNN multiplies this half precision on this processor."""
+    name = "_is_mkldnn_bf16_supported" if half == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return bool(getattr(torch.ops.mkldnn, name)()) if hasattr(torch.ops.mkldnn, name) else False
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Say whether oneDNN is there for these, and not what torch would take anyway."""
-    single = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return single and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Say whether these are multiplied here: where torch would take a slower library."""
+    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype):
+        return False
+    return _for_onednn(x.numel() // weight.shape[1], weight) if x.dtype == torch.float32 else product_dtype(x) != x.dtype
+
+
+def _for_onednn(rows: int, weight: Tensor) -> bool:
+    return rows * weight.numel() >= MIN_PRODUCTS and _has_avx512()
+
+
+@cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight^T + bias for matrices, (R, I) and (O, I) -> (R, O)."""
+    """Return x weight^T + bias for float32 matrices, (R, I) and (O, I) -> (R, O)."""
+    if not _for_onednn(x.shape[0], weight):
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001 (no public name)

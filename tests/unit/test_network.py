@@ -11,7 +11,8 @@ from linearsr.backbone import Backbone
 from linearsr.codec import make_codec
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, TagsConfig
-from linearsr.fused import gated_depthwise, modulated_norm, relu_attention
+from linearsr.depthwise import gated_depthwise
+from linearsr.fused import modulated_norm, relu_attention
 from linearsr.linear import Linear
 from linearsr.model import SuperResolver
 from linearsr.statistics import measure_statistics
@@ -158,14 +159,50 @@ def test_modulated_norm_has_the_gradients_of_its_definition() -> None:
 
 def test_gated_depthwise_has_the_gradients_of_its_definition_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("linearsr.fused.CACHED_VALUES", 1)
-    monkeypatch.setattr("linearsr.fused.MIN_CHANNELS", 16)  # slices of 16 and 3 channels
+    monkeypatch.setattr("linearsr.bands.CACHED_VALUES", 1)
+    monkeypatch.setattr("linearsr.depthwise.MIN_CHANNELS", 16)  # slices of 16 and 3 channels
     hidden, weight, bias = torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)
     inputs = [part.double().requires_grad_() for part in (hidden, weight, bias)]
     planes = torch.nn.functional.silu(inputs[0]).unflatten(1, (2, 3)).permute(0, 3, 1, 2)
     value, gate = torch.nn.functional.conv2d(planes, *inputs[1:], padding=1, groups=38).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
     torch.testing.assert_close(gated_depthwise(*inputs, (2, 3)), value * torch.nn.functional.silu(gate))
     assert torch.autograd.gradcheck(lambda *x: gated_depthwise(*x, (2, 3)), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(("values", "rows"), [(1, 1), (1, 2), (900, 1), (1 << 20, 4)])
+def test_results_do_not_depend_on_the_bands_that_a_cpu_works_on(monkeypatch: pytest.MonkeyPatch, values: int, rows: int) -> None:
+    torch.manual_seed(0)
+    qkv, hidden, weight, bias = torch.randn(2, 30, 24), torch.randn(2, 30, 38), torch.randn(38, 1, 3, 3), torch.randn(38)
+    inputs = [part.double().requires_grad_() for part in (qkv, hidden, weight, bias)]
+
+    def results() -> list[Tensor]:
+        mixed, normaliser = relu_attention(inputs[0], 4, 1e-15)
+        gated = gated_depthwise(*inputs[1:], (5, 6))
+        return [mixed, normaliser, gated, *torch.autograd.grad(mixed.square().sum() + gated.square().sum(), inputs)]
+
+    whole = results()
+    monkeypatch.setattr("linearsr.bands.CACHED_VALUES", values)
+    monkeypatch.setattr("linearsr.depthwise.MIN_CHANNELS", 7)
+    monkeypatch.setattr("linearsr.depthwise.MIN_ROWS", rows)
+    torch.testing.assert_close(results(), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_halves_are_multiplied_in_float32_where_the_processor_has_no_instructions_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("linearsr.linear._has_instructions", lambda half: False)
+    layer, x = Linear(6, 5).bfloat16(), torch.randn(2, 3, 6).bfloat16().requires_grad_()
+    exact, x32 = torch.nn.Linear(6, 5), x.detach().float().requires_grad_()
+    exact.load_state_dict(layer.state_dict())
+    results = []
+    for one, argument in ((layer, x), (exact, x32)):
+        out = one(argument)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [argument, *one.parameters()])])
+    # The loss is of the rounded output on one side, so gradients differ by its rounding, and not by that of partial sums.
+    assert torch.equal(results[0][0], results[1][0].bfloat16())
+    torch.testing.assert_close(results[0][1:], [part.bfloat16() for part in results[1][1:]], rtol=2e-2, atol=2e-2)
+    hidden, weight, bias = (part.bfloat16() for part in (torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)))
+    wide = gated_depthwise(hidden.float(), weight.float(), bias.float(), (2, 3))
+    assert torch.equal(gated_depthwise(hidden, weight, bias, (2, 3)), wide.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
