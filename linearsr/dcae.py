@@ -3,7 +3,7 @@
 The network is frozen and in float32, belongs to no model's state, and is loaded when first used, once for each device of a process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
 from math import ceil
@@ -45,7 +45,7 @@ class DeepCompressionCodec:
         files = find_autoencoder(config.source)
         self.scaling_factor = files.scaling_factor
         self._config, self._stamp = config, files.stamp
-        self._tile, self._overlap = config.tile, min(OVERLAP, config.tile // 2)
+        self._tile, self._overlap = config.tile, _overlap(config.tile)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Map (B, 3, H, W) in [-1, 1] to (B, 32, H / 32, W / 32) float32, not yet scaled. H and W must be multiples of 32.
@@ -79,14 +79,7 @@ class DeepCompressionCodec:
 def _load(source: str | None, stamp: object, device: str) -> nn.Module:
     """Return the autoencoder on a device; `stamp` makes replaced files another autoencoder."""
     files = find_autoencoder(source)
-    try:
-        kind: Any = import_module("diffusers.models.autoencoders.autoencoder_dc").AutoencoderDC
-    except ModuleNotFoundError as error:
-        raise CodecError(f'codec dc-ae: got no {error.name}; expected diffusers; fix: pip install "linearsr[{EXTRA}]"') from error
-    # Neither draws random numbers nor fills memory that the weights replace; and weights that were born in inference mode
-    # could never be part of a training step.
-    with torch.inference_mode(mode=False), torch.device("meta"):
-        model: nn.Module = kind.from_config(dict(files.settings))
+    model = empty_autoencoder(files.settings)
     with torch.inference_mode(mode=False):
         try:
             # Copied: what is read is mapped from the file, badly aligned for the kernels and changed with it.
@@ -97,7 +90,30 @@ def _load(source: str | None, stamp: object, device: str) -> nn.Module:
             reason = " ".join(str(error).split())[:REASON]
             message = f"codec.source: {files.folder}: got weights that do not fit ({reason})"
             raise CodecError(f"{message}; expected those of its config.json; fix: fetch the DC-AE again") from error
+    return model
+
+
+def empty_autoencoder(settings: Mapping[str, object]) -> nn.Module:
+    """Return diffusers' autoencoder of these settings, `config.json`, frozen and on the meta device: it has no weights yet.
+
+    Raises:
+        CodecError: if diffusers is not installed.
+    """
+    try:
+        kind: Any = import_module("diffusers.models.autoencoders.autoencoder_dc").AutoencoderDC
+    except ModuleNotFoundError as error:
+        raise CodecError(f'codec dc-ae: got no {error.name}; expected diffusers; fix: pip install "linearsr[{EXTRA}]"') from error
+    # Neither draws random numbers nor fills memory that the weights replace; and weights that were born in inference mode
+    # could never be part of a training step.
+    with torch.inference_mode(mode=False), torch.device("meta"):
+        model: nn.Module = kind.from_config(dict(settings))
     return model.requires_grad_(requires_grad=False).eval()
+
+
+def tile_size(grid: tuple[int, int], tile: int) -> tuple[int, int]:
+    """Return the rows and columns of the tiles that a picture of (H, W) positions is coded in, the picture's own if it is one tile."""
+    rows, columns = (_spread(side, tile, _overlap(tile))[1] for side in grid)
+    return rows, columns
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, unit_in: int, unit_out: int) -> Tensor:
@@ -129,19 +145,17 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, over
                     out = coded.new_zeros(x.shape[0], coded.shape[1], height * unit_out, width * unit_out)
                 target = out[index, :, top * unit_out : bottom * unit_out, left * unit_out : right * unit_out]
                 target += coded[0] * (down[:, None] * across).to(coded)
+                # Or it would lie beside the next tile.
+                del coded
     assert out is not None  # noqa: S101 (a batch has a picture)
     return out
 
 
 def _windows(side: int, tile: int, overlap: int, unit: int) -> list[tuple[int, int, Tensor]]:
-    """Return where tiles begin and end along one side, and each one's weights, which add up to 1 everywhere.
-
-    As few tiles as can be, and none longer than their overlap asks for: 64 positions take three of 27 rather than of 32.
-    """
-    if side <= tile:
+    """Return where tiles begin and end along one side, and each one's weights, which add up to 1 everywhere."""
+    count, length = _spread(side, tile, overlap)
+    if count == 1:
         return [(0, side, torch.ones(side * unit))]
-    count = ceil((side - overlap) / (tile - overlap))
-    length = ceil((side + (count - 1) * overlap) / count)
     starts = [round(index * (side - length) / (count - 1)) for index in range(count)]
     rise = torch.sin((torch.arange(overlap * unit, dtype=torch.float64) + 0.5) * torch.pi / (2 * overlap * unit)).square()
     total = torch.zeros(side * unit, dtype=torch.float64)
@@ -156,3 +170,18 @@ def _windows(side: int, tile: int, overlap: int, unit: int) -> list[tuple[int, i
         weights.append(weight)
     spans = [(start, start + length) for start in starts]
     return [(low, high, (weight / total[low * unit : high * unit]).float()) for (low, high), weight in zip(spans, weights, strict=True)]
+
+
+def _spread(side: int, tile: int, overlap: int) -> tuple[int, int]:
+    """Return how many tiles cover one side, and their length.
+
+    As few tiles as can be, and none longer than their overlap asks for: 64 positions take three of 27 rather than of 32.
+    """
+    if side <= tile:
+        return 1, side
+    count = ceil((side - overlap) / (tile - overlap))
+    return count, ceil((side + (count - 1) * overlap) / count)
+
+
+def _overlap(tile: int) -> int:
+    return min(OVERLAP, tile // 2)

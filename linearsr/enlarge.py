@@ -43,7 +43,8 @@ def plan_enlargement(
     """
     sizes = plan_size(size_px, request.wanted, memory.config.scale)
     width, height = sizes.network_input
-    return sizes, memory.plan((height, width), budget_bytes, residency=residency, tile=tile)
+    size = (height, width)
+    return sizes, memory.plan(size, budget_bytes, residency=residency, tile=tile, colour_fix=request.colour_fix)
 
 
 def enlarge(upscaler: Upscaler, picture: Picture, request: Enlargement, *, tile: int | None = None) -> Picture:

@@ -1,16 +1,21 @@
 """What a forward needs in memory, and from it whether a picture is enlarged whole or in tiles.
 
 Linear attention keeps no N x N matrix, so every term is linear in the tokens N of the forward. Notation: C width, F hidden channels of
-Mix-FFN, c latent channels, S stem channels. `tests/unit/test_memory.py` holds the plan against what was measured.
+Mix-FFN, c latent channels, S stem channels. A DC-AE codec adds its weights and one of its tiles, see `linearsr.codec_memory`.
+`tests/unit/test_memory.py` holds the plan against what was measured.
 """
 
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from linearsr.bundle import Bundle
+from linearsr.codec_memory import CodecMemory
+from linearsr.codec_source import CodecError
+from linearsr.colour import ColourFix
 from linearsr.config import ModelConfig
 from linearsr.residency import Residency, expert_parameters, network_dtype
 from linearsr.tiles import Tiling, cut, whole
@@ -18,8 +23,13 @@ from linearsr.upscaler import token_grid
 
 LATENT_STATE = 7
 """Latents held while the network runs, float32: noise, start, state, last estimate, prior mean, known part, blended estimate."""
-PICTURE_STATE = 8
-"""Pictures held after it, float32: decoded, its parts in the codec, source and the bands of a colour fix, the copy on the host."""
+LR_STATE = 2
+"""LR pictures held all the time, float32: padded, and in the network's range."""
+EMBEDDED_STATE = 4
+"""Pictures held while an embedded codec decodes, float32: latent, scaled latent, mixed, and put in place."""
+PICTURE_STATE: dict[ColourFix, int] = {"wavelet": 6, "adain": 4, "none": 2}
+"""Pictures held after decoding, float32. `none`: decoded, and brought into [0, 1]. `adain`: decoded, source, and two between them.
+`wavelet`: decoded, source, and of their difference's low band rows, their sum, columns, and their sum."""
 MIN_SIDE = 16
 """Smallest tile: with fewer tokens most of a tile is overlap."""
 USABLE = 0.8
@@ -39,17 +49,23 @@ class MemoryPlan:
     tiling: Tiling
     residency: Residency
     weight_bytes: int
-    """Weights on the device."""
+    """Weights on the device, the codec's too."""
     network_bytes: int
     """Latents and activations while the network runs, at its widest point."""
     picture_bytes: int
-    """Pixels while the latent is decoded and its colours are fixed; the network is idle then."""
+    """Pixels while an embedded codec decodes the latent, and while colours are fixed; the network is idle then."""
+    codec_weight_bytes: int
+    """Those of `weight_bytes` that are a DC-AE's."""
+    codec_bytes: int
+    """Activations, latents and pixels while a DC-AE codes, at its widest point; the network is idle then too."""
+    codec_counted: bool
+    """False if there is a DC-AE that is not on this machine, so that nothing of it is in here."""
     budget_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes held at once."""
-        return self.weight_bytes + max(self.network_bytes, self.picture_bytes)
+        return self.weight_bytes + max(self.network_bytes, self.picture_bytes, self.codec_bytes)
 
     @property
     def num_tokens(self) -> int:
@@ -73,22 +89,32 @@ class MemoryModel:
     """Bytes of a number in the network."""
     device_type: str = "cpu"
     """On `cuda` the next expert is copied beside the running one."""
+    codec: CodecMemory | None = None
+    """Of the DC-AE; None for an embedded codec, which has no weights, and for a DC-AE that is not here."""
 
     @classmethod
     def of(cls, bundle: Bundle, device_type: str = "cpu") -> Self:
-        """Read a bundle's configuration and the header of one expert's file."""
+        """Read a bundle's configuration, the header of one expert's file, and the settings of a DC-AE.
+
+        A DC-AE that cannot be had is left out: what is wrong with it is said when it is needed.
+        """
+        try:
+            codec = CodecMemory.of(bundle.config.codec)
+        except CodecError:
+            codec = None
         return cls(
             config=bundle.config,
             num_experts=len(bundle.experts),
             expert_parameters=expert_parameters(bundle),
             dtype_bytes=network_dtype(bundle).itemsize,
             device_type=device_type,
+            codec=codec,
         )
 
     def weights(self, residency: Residency) -> int:
-        """Return the bytes of the weights on the device."""
+        """Return the bytes of the weights on the device, those of a DC-AE included: it stays there once it was used."""
         slots = self.num_experts if residency == "all" else min(self.num_experts, 2 if self.device_type == "cuda" else 1)
-        return self.expert_parameters * self.dtype_bytes * slots
+        return self.expert_parameters * self.dtype_bytes * slots + self._codec_weights
 
     def activations_per_token(self) -> int:
         """Return the bytes a token takes at the widest point of a block, with the network's input beside it.
@@ -109,14 +135,32 @@ class MemoryModel:
         """Return the bytes of latents, which cover the picture, and of activations, which cover a tile."""
         tokens, tile_tokens = tiling.grid[0] * tiling.grid[1], tiling.side[0] * tiling.side[1]
         latents = LATENT_STATE * 4 * self.config.codec.latent_channels
-        return tokens * (latents + 4 * self.config.backbone.stem_width) + tile_tokens * self.activations_per_token()
+        held = tokens * (latents + 4 * self.config.backbone.stem_width) + self._low(tiling.grid)
+        return held + tile_tokens * self.activations_per_token()
 
-    def picture(self, grid: tuple[int, int]) -> int:
-        """Return the bytes of decoding and colour fix."""
-        return PICTURE_STATE * 4 * 3 * self.config.codec.factor**2 * grid[0] * grid[1]
+    def picture(self, grid: tuple[int, int], colour_fix: ColourFix = "none") -> int:
+        """Return the bytes of an embedded codec's decoding, and of a colour fix."""
+        state = PICTURE_STATE[colour_fix]
+        if self.config.codec.kind != "dc-ae":
+            state = max(state, EMBEDDED_STATE)
+        return state * self._picture(grid) + self._low(grid)
+
+    def coding(self, grid: tuple[int, int]) -> int:
+        """Return the bytes while a DC-AE codes, 0 if there is none: it encodes the bicubic picture for the LR prior, and decodes."""
+        if self.codec is None:
+            return 0
+        encode = self._picture(grid) + self.codec.encode(grid) if self.config.prior == "lr" else 0
+        latents = LATENT_STATE * 4 * self.config.codec.latent_channels * grid[0] * grid[1]
+        return latents + self._low(grid) + max(encode, self.codec.decode(grid))
 
     def plan(
-        self, lr_size_px: tuple[int, int], budget_bytes: int, *, residency: Residency | None = None, tile: int | None = None
+        self,
+        lr_size_px: tuple[int, int],
+        budget_bytes: int,
+        *,
+        residency: Residency | None = None,
+        tile: int | None = None,
+        colour_fix: ColourFix = "none",
     ) -> MemoryPlan:
         """Choose whole or tiles, and which experts stay on the device.
 
@@ -127,6 +171,7 @@ class MemoryModel:
             budget_bytes: memory that may be used.
             residency: None chooses.
             tile: side of a tile in tokens; None chooses.
+            colour_fix: what is done to the picture at the end.
 
         Raises:
             PictureTooLarge: if the smallest tiles do not fit.
@@ -134,27 +179,52 @@ class MemoryModel:
         grid = token_grid(*lr_size_px, self.config.lr_pixels_per_token)
         wanted: tuple[Residency, ...] = ("all", "one") if residency is None else (residency,)
         tilings = self._tilings(grid) if tile is None else [cut(grid, tile)]
-        plans = [self._plan(tiling, kind, budget_bytes) for tiling in tilings for kind in wanted]
+        plans = [self._plan(tiling, kind, budget_bytes, colour_fix) for tiling in tilings for kind in wanted]
         fitting = next((plan for plan in plans if plan.peak_bytes <= budget_bytes), None)
         if fitting is not None:
             return fitting
         least = min(plans, key=lambda plan: plan.peak_bytes)
         if tile is not None and residency is not None:
             return least
+        codec = f", codec at work {least.codec_bytes / 1e9:.2f}; {least.codec_weight_bytes / 1e9:.2f} of the weights are its"
         raise PictureTooLarge(
             f"memory: got {budget_bytes / 1e9:.2f} GB; expected {least.peak_bytes / 1e9:.2f} GB for {grid[1]} x {grid[0]} tokens in tiles "
             f"of {max(least.tiling.side)} (weights {least.weight_bytes / 1e9:.2f}, network {least.network_bytes / 1e9:.2f}, picture "
-            f"{least.picture_bytes / 1e9:.2f}); fix: a smaller picture, or --memory GB if more is there"
+            f"{least.picture_bytes / 1e9:.2f}{codec if self.codec else ''}); fix: a smaller picture, or --memory GB if more is there"
         )
 
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
-        """Return the side of the largest square output, in pixels, whose forward fits at once; 0 if none does."""
+        """Return the side of the largest square output, in pixels, that fits at once without a colour fix; 0 if none does."""
         room = budget_bytes - self.weights(residency)
         per_token = max(self.network(whole((1, 1))), self.picture((1, 1)))
-        return int(max(0, room / per_token) ** 0.5) * self.config.codec.factor
+        side = isqrt(max(0, room // per_token))
+        # A codec's tiles get smaller where one more is needed, so its bytes do not only grow.
+        while side > 0 and self.coding((side, side)) > room:
+            side -= 1
+        return side * self.config.codec.factor
 
-    def _plan(self, tiling: Tiling, residency: Residency, budget_bytes: int) -> MemoryPlan:
-        return MemoryPlan(tiling, residency, self.weights(residency), self.network(tiling), self.picture(tiling.grid), budget_bytes)
+    @property
+    def _codec_weights(self) -> int:
+        return 0 if self.codec is None else self.codec.weight_bytes
+
+    def _picture(self, grid: tuple[int, int]) -> int:
+        return 4 * 3 * self.config.codec.factor**2 * grid[0] * grid[1]
+
+    def _low(self, grid: tuple[int, int]) -> int:
+        return LR_STATE * 4 * 3 * self.config.lr_pixels_per_token**2 * grid[0] * grid[1]
+
+    def _plan(self, tiling: Tiling, residency: Residency, budget_bytes: int, colour_fix: ColourFix) -> MemoryPlan:
+        return MemoryPlan(
+            tiling=tiling,
+            residency=residency,
+            weight_bytes=self.weights(residency),
+            network_bytes=self.network(tiling),
+            picture_bytes=self.picture(tiling.grid, colour_fix),
+            codec_weight_bytes=self._codec_weights,
+            codec_bytes=self.coding(tiling.grid),
+            codec_counted=self.codec is not None or self.config.codec.kind != "dc-ae",
+            budget_bytes=budget_bytes,
+        )
 
     @staticmethod
     def _tilings(grid: tuple[int, int]) -> list[Tiling]:

@@ -8,6 +8,7 @@ each number is CPU time, the median over the rounds.
 
 import argparse
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from time import process_time
@@ -17,7 +18,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from autoencoders import SANA
+
+from linearsr.backbone import Backbone
 from linearsr.bundle import Bundle, save_bundle
+from linearsr.codec_memory import CodecMemory
 from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.enlarge import Enlargement
 from linearsr.experts import bisect_boundaries
@@ -94,17 +101,32 @@ def time_table(bundle: Bundle, folder: Path, rounds: int) -> None:
 def memory_table() -> None:
     print("\n| network | latent | weights, GB | 8 GB | 16 GB | 24 GB | 80 GB |")
     print("|---|---|---|---|---|---|---|")
-    for name, factor in (("nano", 4), ("tiny", 8), ("sana-600m", 32), ("sana-1600m", 32)):
-        config = ModelConfig(backbone=BACKBONES[name], codec=CodecConfig(factor=factor), prior="lr")
-        channels = config.codec.latent_channels
-        vector = (1.0,) * channels
+    sana = CodecConfig(kind="dc-ae", factor=32, source="dc-ae")
+    for name, codec in (
+        ("nano", CodecConfig(factor=4)),
+        ("tiny", CodecConfig(factor=8)),
+        ("sana-600m", CodecConfig(factor=32)),
+        ("sana-1600m", CodecConfig(factor=32)),
+        ("sana-600m", sana),
+        ("sana-1600m", sana),
+    ):
+        config = ModelConfig(backbone=BACKBONES[name], codec=codec, prior="lr")
         with torch.device("meta"):
-            expert = SuperResolver(config, LatentStatistics(mean=vector, std=vector, residual_std=vector))
-        parameters = sum(one.numel() for one in expert.parameters())
-        model = MemoryModel(config=config, num_experts=4, expert_parameters=parameters, dtype_bytes=2, device_type="cuda")
+            network = Backbone(
+                config.backbone, latent_channels=codec.latent_channels, lr_pixels_per_token=config.lr_pixels_per_token, num_tags=0
+            )
+        model = MemoryModel(
+            config=config,
+            num_experts=4,
+            expert_parameters=sum(one.numel() for one in network.parameters()),
+            dtype_bytes=2,
+            device_type="cuda",
+            codec=CodecMemory.counted(SANA, codec.tile) if codec.kind == "dc-ae" else None,
+        )
         cells = [f"{model.largest_whole_px(int(gb * 1e9))} / {model.largest_whole_px(int(gb * 1e9), 'one')}" for gb in (8, 16, 24, 80)]
         weights = f"{model.weights('all') / 1e9:.2f} / {model.weights('one') / 1e9:.2f}"
-        print(f"| {name} | f{factor}, {channels} channels | {weights} | {' | '.join(cells)} |")
+        latent = f"f{codec.factor}, {codec.latent_channels} channels" + (", DC-AE" if codec.kind == "dc-ae" else "")
+        print(f"| {name} | {latent} | {weights} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,50 +1,33 @@
 """The memory plan against bytes that were counted while the real network ran, and what it decides."""
 
-import weakref
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from autoencoders import SANA, write_autoencoder
 
 from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
+from linearsr.codec_memory import CodecMemory
+from linearsr.codec_source import CodecError
+from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
+from linearsr.live_bytes import LiveBytes
 from linearsr.memory import MemoryModel, PictureTooLarge, free_bytes
 from linearsr.model import SuperResolver
 from linearsr.residency import expert_parameters
 from linearsr.upscaler import Upscaler
+from linearsr_platform.stages.upscaling import describe
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts bytes of the storages that are alive, and their most; those that were there before do not count."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in inputs:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def freed(self, key, size):
-        self.known.discard(key)
-        self.live -= size
-
-
-def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", blocks=2, kind="euler"):
-    config = ModelConfig(
-        codec=CodecConfig(factor=factor), backbone=BackboneConfig(width=width, num_blocks=blocks, caption_width=8), prior=prior
-    )
+def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", blocks=2, kind="euler", codec=None):
+    codec = codec or CodecConfig(factor=factor)
+    config = ModelConfig(codec=codec, backbone=BackboneConfig(width=width, num_blocks=blocks, caption_width=8), prior=prior)
     channels = config.codec.latent_channels
     statistics = LatentStatistics(mean=(0.0,) * channels, std=(1.0,) * channels, residual_std=(0.1,) * channels)
     folder.mkdir()
@@ -61,7 +44,12 @@ def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", 
     )
 
 
+def dc_ae(folder, tile):
+    return CodecConfig(kind="dc-ae", factor=32, source=str(write_autoencoder(folder / "dcae")), tile=tile)
+
+
 def measured_peak(bundle, size_px, **options):
+    """Return bytes counted over one enlargement, a DC-AE's weights included."""
     upscaler, lr = Upscaler(bundle), torch.rand(1, 3, *size_px)
     with LiveBytes() as counted:
         upscaler.upscale_tensor(lr, **options)
@@ -82,10 +70,86 @@ def measured_peak(bundle, size_px, **options):
 def test_the_plan_is_within_a_quarter_of_what_is_counted(tmp_path, shape, tile):
     bundle = make_bundle(tmp_path / "m", **shape)
     side = 32 * bundle.config.lr_pixels_per_token
-    plan = MemoryModel.of(bundle).plan((side, side), 10**12, residency="all", tile=tile)
+    plan = MemoryModel.of(bundle).plan((side, side), 10**12, residency="all", tile=tile, colour_fix="wavelet")
     assert plan.tiling.num_tiles == (1 if tile is None else 9)
     counted = measured_peak(bundle, (side, side), tile=tile, colour_fix="wavelet")
     assert plan.peak_bytes - plan.weight_bytes == pytest.approx(counted, rel=0.25)
+
+
+@pytest.mark.parametrize("prior", ["lr", "none"])
+@pytest.mark.parametrize(
+    ("tile", "size_px", "options", "widest"),
+    [
+        (16, (128, 96), {}, "codec"),
+        (16, (128, 96), {"colour_fix": "wavelet"}, "codec"),
+        (8, (160, 96), {}, "codec"),
+        (8, (160, 160), {"tile": 16}, "codec"),
+        (4, (160, 96), {}, "picture"),
+        (4, (160, 96), {"colour_fix": "adain"}, "picture"),
+        (4, (160, 96), {"colour_fix": "wavelet"}, "picture"),
+    ],
+    ids=str,
+)
+def test_the_plan_with_a_dc_ae_is_within_a_quarter_of_what_is_counted(tmp_path, prior, tile, size_px, options, widest):
+    bundle = make_bundle(tmp_path / "m", prior=prior, codec=dc_ae(tmp_path, tile))
+    plan = MemoryModel.of(bundle).plan(size_px, 10**12, residency="all", **options)
+    parts = {"network": plan.network_bytes, "picture": plan.picture_bytes, "codec": plan.codec_bytes}
+    assert max(parts, key=parts.get) == widest
+    counted = measured_peak(bundle, size_px, **options)
+    experts = plan.weight_bytes - plan.codec_weight_bytes
+    assert plan.peak_bytes - experts == pytest.approx(counted, rel=0.25)
+
+
+def test_the_plan_of_a_wide_network_over_a_dc_ae_is_within_a_quarter_of_what_is_counted(tmp_path):
+    bundle = make_bundle(tmp_path / "m", width=768, blocks=1, codec=dc_ae(tmp_path, 4))
+    plan = MemoryModel.of(bundle).plan((160, 160), 10**12, residency="all")
+    assert plan.network_bytes > max(plan.codec_bytes, plan.picture_bytes)
+    experts = plan.weight_bytes - plan.codec_weight_bytes
+    assert plan.peak_bytes - experts == pytest.approx(measured_peak(bundle, (160, 160)), rel=0.25)
+
+
+def test_sanas_codec_makes_a_picture_that_would_fit_go_in_tiles_or_not_at_all():
+    config = ModelConfig(codec=CodecConfig(kind="dc-ae", factor=32, source="dc-ae"), backbone=BACKBONES["sana-1600m"], prior="lr")
+    without = MemoryModel(config=config, num_experts=4, expert_parameters=1_605_000_000, dtype_bytes=4)
+    codec = CodecMemory.counted(SANA, config.codec.tile)
+    counted = replace(without, codec=codec)
+    size = (1536, 1536)
+    room = without.plan(size, 10**12, residency="one").peak_bytes
+    assert without.plan(size, room).tile is None
+    plan = counted.plan(size, room)
+    assert (plan.tile is None, plan.residency) == (False, "one")
+    assert plan.codec_weight_bytes == codec.weight_bytes == plan.weight_bytes - without.weights("one")
+    # The network of one small tile would still fit where one of the codec's does not.
+    tight = without.plan(size, 10**12, residency="one", tile=16).peak_bytes
+    assert without.plan(size, tight).tile is not None
+    weights, work = codec.weight_bytes / 1e9, plan.codec_bytes / 1e9
+    with pytest.raises(PictureTooLarge, match=rf"codec at work {work:.2f}; {weights:.2f} of the weights are its\); fix:"):
+        counted.plan(size, tight)
+
+
+@pytest.mark.parametrize("budget", [6 * 10**6, 20 * 10**6, 80 * 10**6])
+def test_no_picture_larger_than_the_largest_fits_over_a_dc_ae(tmp_path, budget):
+    bundle = make_bundle(tmp_path / "m", prior="lr", codec=dc_ae(tmp_path, 16))
+    model = MemoryModel.of(bundle)
+    largest = model.largest_whole_px(budget) // bundle.config.codec.factor
+    unit = bundle.config.lr_pixels_per_token
+    sides = {side for side in range(1, 80) if model.plan((side * unit, side * unit), 10**12).peak_bytes <= budget}
+    assert largest == max(sides)
+
+
+def test_a_dc_ae_that_is_not_there_is_not_counted_and_the_plan_says_so(tmp_path):
+    codec = dc_ae(tmp_path, 16)
+    bundle = make_bundle(tmp_path / "m", codec=codec)
+    counted = MemoryModel.of(bundle).plan((64, 64), 10**12)
+    Path(codec.source).rename(tmp_path / "elsewhere")
+    plan = MemoryModel.of(bundle).plan((64, 64), 10**12)
+    assert (counted.codec_counted, plan.codec_counted) == (True, False)
+    assert (plan.codec_bytes, plan.codec_weight_bytes) == (0, 0)
+    assert plan.weight_bytes == counted.weight_bytes - counted.codec_weight_bytes
+    assert re.search(r"\(weights 0\.00 with the codec's 0\.00, codec at work 0\.0[1-9]\)$", describe(counted))
+    assert describe(plan).endswith("(weights 0.00; the DC-AE is not here and not counted)")
+    with pytest.raises(CodecError, match=r"codec\.source: got '.*dcae'; expected a local folder"):
+        Upscaler(bundle)
 
 
 def test_memory_decides_between_whole_one_expert_at_a_time_and_tiles(tmp_path):

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -86,14 +86,14 @@ class UpscaleRun:
     request: Enlargement
     machine: Machine
     stopwatch: Stopwatch
-    memory: MemoryModel = field(init=False)
     _upscaler: Upscaler | None = None
     _residency: Residency | None = None
     """Of the loaded model."""
 
-    def __post_init__(self) -> None:
-        """Read what the plan needs."""
-        self.memory = MemoryModel.of(self.bundle, self.machine.device.type)
+    @cached_property
+    def memory(self) -> MemoryModel:
+        """What the plan needs, read with the first picture: a DC-AE is counted by diffusers, which is slow to import."""
+        return MemoryModel.of(self.bundle, self.machine.device.type)
 
     def plan(self, job: Job) -> list[Outcome]:
         """Say what would be done with a file, picture by picture, without a network."""
@@ -258,7 +258,12 @@ def describe(plan: MemoryPlan) -> str:
     tile = f"{columns} x {rows} tiles of {plan.tiling.side[1]} x {plan.tiling.side[0]}, overlap {plan.tiling.overlap}"
     cut = "whole" if plan.tile is None else tile
     experts = "all experts" if plan.residency == "all" else "one expert at a time"
-    memory = f"{plan.peak_bytes / 1e9:.2f} of {plan.budget_bytes / 1e9:.2f} GB (weights {plan.weight_bytes / 1e9:.2f})"
+    weights = f"weights {plan.weight_bytes / 1e9:.2f}"
+    if plan.codec_bytes:
+        weights += f" with the codec's {plan.codec_weight_bytes / 1e9:.2f}, codec at work {plan.codec_bytes / 1e9:.2f}"
+    elif not plan.codec_counted:
+        weights += "; the DC-AE is not here and not counted"
+    memory = f"{plan.peak_bytes / 1e9:.2f} of {plan.budget_bytes / 1e9:.2f} GB ({weights})"
     return f"{grid}, {cut}, {experts}, {memory}"
 
 
