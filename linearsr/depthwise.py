@@ -86,9 +86,16 @@ class _Piece:
     """Rows of neighbouring bands that the convolution reads at either side: 1, or 0 for a band that is the whole grid."""
 
     @property
-    def _halves(self) -> tuple[slice, slice]:
+    def _places(self) -> list[slice]:
+        """Where the channels are among the 2 F: those of the value and those of the gate, or all in one."""
         half = self.hidden.shape[-1] // 2
-        return self.channels, slice(self.channels.start + half, self.channels.stop + half)
+        if self.channels == slice(0, half):
+            return [slice(0, 2 * half)]
+        return [self.channels, slice(self.channels.start + half, self.channels.stop + half)]
+
+    def _parts(self, whole: Tensor, dim: int = -1) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what of value and gate side by side belongs to each of the places."""
+        return zip(self._places, whole.chunk(len(self._places), dim=dim), strict=True)
 
     def active(self, before: Tensor | None) -> Tensor:
         """Return SiLU of value and gate side by side, (B, r + 2 halo, W, 2 K); beyond the grid it is zero.
@@ -107,7 +114,7 @@ class _Piece:
             new = slice(self.rows.start + 1, min(high, height))
             active[:, :2] = before[:, -2:]
         active[:, new.stop - low :] = 0
-        for place, into in zip(self._halves, active[:, new.start - low : new.stop - low].chunk(2, dim=-1), strict=True):
+        for place, into in self._parts(active[:, new.start - low : new.stop - low]):
             part = self.hidden[:, new, :, place]
             aten.silu.out(part if part.dtype == into.dtype else into.copy_(part), out=into)
         return active
@@ -137,15 +144,15 @@ class _Piece:
             [1, 1], [1 - self.halo, 1], [1, 1], False, [0, 0], kernel.shape[0], [True, True, True],
         )  # fmt: skip
         for grad, part in zip(grads[1:], grads_kernel, strict=True):
-            for place, half in zip(self._halves, part.chunk(2), strict=True):
-                grad[place] += half
+            for place, of_place in self._parts(part, dim=0):
+                grad[place] += of_place
         grad_active = _tokens(grad_active)
         if unfinished is not None:
             grad_active[:, :2] += unfinished
         low, height = self.rows.start - self.halo, self.hidden.shape[1]
         last = self.rows.stop == height
         done = slice(max(low, 0), height if last else self.rows.stop - 1)
-        for place, part in zip(self._halves, grad_active[:, done.start - low : done.stop - low].chunk(2, dim=-1), strict=True):
+        for place, part in self._parts(grad_active[:, done.start - low : done.stop - low]):
             into, hidden = (whole[:, done, :, place] for whole in (grads[0], self.hidden))
             if into.dtype == part.dtype:
                 aten.silu_backward.grad_input(part, hidden, grad_input=into)
@@ -155,7 +162,7 @@ class _Piece:
 
     def _paired(self, whole: Tensor) -> Tensor:
         """Return what belongs to the channels of value and gate, along the first axis."""
-        return torch.cat([whole[place] for place in self._halves])
+        return torch.cat([whole[place] for place in self._places])
 
 
 def _pieces(hidden_BHWF2: Tensor) -> Iterator[_Piece]:
