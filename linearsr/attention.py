@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearsr.fused import relu_attention
-from linearsr.linear import Linear
+from linearsr.linear import Linear, product_dtype
 
 EPS = 1e-15
 """Added to a query's normaliser. Source: diffusers' SANA; method.md 2.3."""
@@ -116,7 +116,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_BNC: Tensor, caption: KeyValue) -> Tensor:
         """Read captions: (B, N, C) -> (B, N, C)."""
         query = self._split(self.norm_q(self.query(x_BNC)))
-        mixed_BHND = F.scaled_dot_product_attention(query, caption.key, caption.value, attn_mask=caption.mask)
+        wide_query, key, value = (part.to(product_dtype(query)) for part in (query, caption.key, caption.value))
+        mixed_BHND = F.scaled_dot_product_attention(wide_query, key, value, attn_mask=caption.mask).to(query.dtype)
         return self.out(mixed_BHND.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x_BNC: Tensor) -> Tensor:
