@@ -35,6 +35,10 @@ def gated_depthwise(hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tup
         weight, bias: Of the convolution, (2 F, 1, 3, 3) and (2 F,).
         grid: (H, W).
     """
+    if torch.compiler.is_compiling():  # The compiler fuses the plain definition, and decides by itself what to keep.
+        planes = _planes(_on_grid(F.silu(hidden_BNF2), grid))
+        value, gate = _tokens(F.conv2d(planes, weight, bias, padding=1, groups=weight.shape[0])).flatten(1, 2).chunk(2, dim=-1)
+        return value * F.silu(gate)
     return _GatedDepthwise.apply(hidden_BNF2, weight, bias, grid)  # type: ignore[no-any-return]
 
 
@@ -162,7 +166,8 @@ class _Piece:
 
     def _paired(self, whole: Tensor) -> Tensor:
         """Return what belongs to the channels of value and gate, along the first axis."""
-        return torch.cat([whole[place] for place in self._places])
+        parts = [whole[place] for place in self._places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pieces(hidden_BHWF2: Tensor) -> Iterator[_Piece]:

@@ -2,7 +2,8 @@
 
 Autograd keeps every intermediate that a derivative needs. These functions keep their inputs alone and compute the cheap,
 pointwise parts again; the matrix products, which are most of the time, still run once each way. On a CPU they work on bands of tokens.
-`linearsr.depthwise` is another of them.
+`linearsr.depthwise` is another of them. Under `torch.compile` each is its plain definition, which the compiler fuses, and decides by itself
+what to keep.
 
 Shape suffixes: B batch, N tokens = H x W of the latent grid, n tokens of a band, C width, H heads, D head width.
 Each function supports one backward pass, in any float dtype and on any device; none has a second derivative.
@@ -25,6 +26,8 @@ aten = torch.ops.aten
 
 def modulated_norm(x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Normalise tokens and modulate them, LN(x) (1 + scale) + shift: (B, N, C) -> (B, N, C). Keeps x alone."""
+    if torch.compiler.is_compiling():
+        return F.layer_norm(x_BNC, x_BNC.shape[-1:], eps=eps) * (1 + scale_B1C) + shift_B1C
     return _ModulatedNorm.apply(x_BNC, shift_B1C, scale_B1C, eps)  # type: ignore[no-any-return]
 
 
@@ -40,6 +43,11 @@ def relu_attention(qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tenso
         The mixed values (B, N, C) in the input's dtype, and the normaliser (B, H, N, 1) of each query before `eps`, which
         carries no gradient.
     """
+    if torch.compiler.is_compiling():
+        query, key, value = (_wide_heads(qkv_BNC3, head_width, part) for part in (QUERY, KEY, VALUE))
+        summed = query @ _state(key, value)
+        mixed, normaliser = summed[..., :head_width], summed[..., head_width:]
+        return (mixed / (normaliser + eps)).transpose(1, 2).flatten(2).to(qkv_BNC3.dtype), normaliser.detach()
     return _ReluAttention.apply(qkv_BNC3, head_width, eps)  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Project the last axis: (..., in_features) -> (..., out_features)."""
-        if not _takes(input, self.weight):
+        if torch.compiler.is_compiling() or not _takes(input, self.weight):
             return F.linear(input, self.weight, self.bias)
         flat = input.reshape(-1, self.in_features)
         return _CpuLinear.apply(flat, self.weight, self.bias).view(*input.shape[:-1], self.out_features)  # type: ignore[no-any-return]
@@ -49,7 +49,12 @@ class _CpuLinear(torch.autograd.Function):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return what to multiply values like `x` in: float32 for halves on a CPU without instructions for them, else their own dtype."""
+    """Return what to multiply values like `x` in: float32 for halves on a CPU without instructions for them, else their own dtype.
+
+    A compiler is left to its own choice.
+    """
+    if torch.compiler.is_compiling():
+        return x.dtype
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
     return torch.float32 if slow else x.dtype
 

@@ -1,6 +1,7 @@
 """The network: attention against its explicit form, published sizes, the codec's inverse, the prior's limits."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -203,6 +204,23 @@ def test_halves_are_multiplied_in_float32_where_the_processor_has_no_instruction
     hidden, weight, bias = (part.bfloat16() for part in (torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)))
     wide = gated_depthwise(hidden.float(), weight.float(), bias.float(), (2, 3))
     assert torch.equal(gated_depthwise(hidden, weight, bias, (2, 3)), wide.bfloat16())
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_network_compiles_without_a_break_and_to_the_same_numbers(dtype: torch.dtype, apart: float) -> None:
+    torch.manual_seed(0)
+    network = Backbone(BackboneConfig(width=64, num_blocks=1, num_cross_heads=2), latent_channels=4, lr_pixels_per_token=1).to(dtype)
+    torch.nn.init.normal_(network.head.weight)
+    z, t, lr = torch.randn(2, 4, 6, 8), torch.tensor([0.3, 0.6]), torch.rand(2, 3, 6, 8).to(dtype)
+
+    def results(run: Callable[..., Tensor]) -> list[Tensor]:
+        out = run(z, t, network.prepare(lr, torch.zeros(2, 4, dtype=torch.long)))
+        grads = torch.autograd.grad(out.square().sum(), list(network.blocks.parameters()))
+        return [out, torch.cat([grad.flatten() for grad in grads])]
+
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for ours, plain in zip(results(network), results(compiled), strict=True):
+        assert (ours - plain).float().norm() <= apart * plain.float().norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Time of one forward of the published network sizes on a GPU: eager, compiled, and as a CUDA graph. Prints Markdown. Needs torch only.
+"""Time of one forward of the published sizes on a GPU: eager, compiled, and each as a CUDA graph. Prints Markdown. Needs torch only.
 
 Run: python tests/benchmarks/gpu/one_forward.py [--presets sana-600m sana-1600m] [--px 1024 2048 4096] [--peak-tflops 989]
      python tests/benchmarks/gpu/one_forward.py --device cpu --presets nano --px 256 --runs 3     (that the script works; no claim)
@@ -7,7 +7,7 @@ bf16, batch 1, `--tokens` caption tokens, keys and values of the caption prepare
 median of `--runs` after `--warmup`, by CUDA events. `TFLOP` counts multiplications and additions of every matrix product and
 convolution; `share` is of `--peak-tflops`, an H200's or H100's dense bf16 peak unless given. `growth` is the time over that at the first
 size, divided by the tokens over those at the first size: 1 is linear. `memory` is the peak of a forward beside weights. The outputs of
-all three ways are compared with the eager one's. `diffusers` is its model of the same size beside ours, where it is installed.
+all four ways are compared with the eager one's. `diffusers` is its model of the same size beside ours, where it is installed.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from linearsr.config import BACKBONES
 PX_PER_TOKEN = 32
 LATENT_CHANNELS = 32
 LR_PX_PER_TOKEN = 8
+WAYS = ("eager", "compiled", "eager graph", "compiled graph")
 Forward = Callable[[], Tensor]
 
 
@@ -133,9 +134,10 @@ def ways(forward: Forward, device: torch.device, *, compile_too: bool) -> dict[s
     """Return the ways of running a forward by name."""
     found = {"eager": forward}
     if compile_too:
-        found["compiled"] = torch.compile(forward, dynamic=False)
+        found["compiled"] = torch.compile(forward, dynamic=False, fullgraph=True)
     if device.type == "cuda":
-        found["graph"] = captured(forward)
+        for name in list(found):
+            found[f"{name} graph"] = captured(found[name])
     return found
 
 
@@ -158,7 +160,7 @@ def row(preset: str, px: int, arguments: argparse.Namespace, first: dict[str, fl
     peer = theirs(preset, px, arguments.tokens, device)
     cells = [
         *(preset, str(px), str(tokens), f"{tflop:.2f}"),
-        *(f"{found[name].ms:.2f}" if name in found else "-" for name in ("eager", "compiled", "graph")),
+        *(f"{found[name].ms:.2f}" if name in found else "-" for name in WAYS),
         "-" if peer is None else f"{measure(peer, device, arguments.runs, arguments.warmup).ms:.2f}",
         f"{tflop / (best.ms / 1000) / arguments.peak_tflops:.0%}",
         f"{best.ms / tokens / first[preset]:.2f}",
@@ -185,7 +187,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    titles = ["size", "px", "tokens", "TFLOP", "eager ms", "compiled ms", "graph ms", "diffusers ms", "share", "growth", "memory", "error"]
+    titles = ["size", "px", "tokens", "TFLOP", *(f"{name} ms" for name in WAYS), "diffusers ms", "share", "growth", "memory", "error"]
     print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
     first: dict[str, float] = {}
     good = [row(preset, px, arguments, first) for preset in arguments.presets for px in arguments.px]
