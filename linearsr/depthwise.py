@@ -52,7 +52,7 @@ class _GatedDepthwise(torch.autograd.Function):
         for piece in _pieces(_on_grid(hidden_BNF2, grid)):
             active = piece.active(active)
             value, gate = piece.convolved(active, weight, bias).chunk(2, dim=-1)
-            torch.mul(value, F.silu(gate), out=out_BHWF[:, piece.rows, :, piece.channels])
+            torch.mul(value, F.silu(gate, inplace=True), out=out_BHWF[:, piece.rows, :, piece.channels])
         return out_BHWF.flatten(1, 2)
 
     @staticmethod
@@ -67,13 +67,14 @@ class _GatedDepthwise(torch.autograd.Function):
         unfinished: Tensor | None = None
         for piece in _pieces(hidden_BHWF2):
             active = piece.active(active)
-            value, gate = piece.convolved(active, weight, bias).chunk(2, dim=-1)
+            convolved = piece.convolved(active, weight, bias)
+            value, gate = convolved.chunk(2, dim=-1)
             grad_out = grad_BHWF[:, piece.rows, :, piece.channels].to(value.dtype)
-            grad_convolved = value.new_empty((*value.shape[:-1], 2 * value.shape[-1]))
-            into_value, into_gate = grad_convolved.chunk(2, dim=-1)
-            torch.mul(grad_out, F.silu(gate), out=into_value)
-            aten.silu_backward.grad_input(grad_out * value, gate, grad_input=into_gate)
-            unfinished = piece.put_gradients(grads, active, grad_convolved, weight, unfinished)
+            # Gradients take the place of what they are gradients of: fresh memory would cost more than the arithmetic.
+            grad_activated = grad_out * value
+            aten.silu.out(gate, out=value).mul_(grad_out)
+            aten.silu_backward.grad_input(grad_activated, gate, grad_input=gate)
+            unfinished = piece.put_gradients(grads, active, convolved, weight, unfinished)
         return grads[0].flatten(1, 2), grads[1].to(weight.dtype), grads[2].to(bias.dtype), None
 
 
@@ -90,10 +91,18 @@ class _Piece:
     """Rows of neighbouring bands that the convolution reads at either side: 1, or 0 for a band that is the whole grid."""
 
     @property
+    def _has_all_channels(self) -> bool:
+        return self.channels == slice(0, self.hidden.shape[-1] // 2)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.halo == 0 and self._has_all_channels
+
+    @property
     def _places(self) -> list[slice]:
         """Where the channels are among the 2 F: those of the value and those of the gate, or all in one."""
         half = self.hidden.shape[-1] // 2
-        if self.channels == slice(0, half):
+        if self._has_all_channels:
             return [slice(0, 2 * half)]
         return [self.channels, slice(self.channels.start + half, self.channels.stop + half)]
 
@@ -107,6 +116,8 @@ class _Piece:
         Args:
             before: What the piece before returned. Unless the grid's first rows begin here, its last two rows are the first two of this.
         """
+        if self._is_whole:
+            return F.silu(self.hidden.to(product_dtype(self.hidden)))
         batch, height, across, _ = self.hidden.shape
         low, high = self.rows.start - self.halo, self.rows.stop + self.halo
         width = 2 * (self.channels.stop - self.channels.start)
@@ -166,8 +177,7 @@ class _Piece:
 
     def _paired(self, whole: Tensor) -> Tensor:
         """Return what belongs to the channels of value and gate, along the first axis."""
-        parts = [whole[place] for place in self._places]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole if self._has_all_channels else torch.cat([whole[place] for place in self._places])
 
 
 def _pieces(hidden_BHWF2: Tensor) -> Iterator[_Piece]:

@@ -44,8 +44,8 @@ def relu_attention(qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tenso
         carries no gradient.
     """
     if torch.compiler.is_compiling():
-        query, key, value = (_wide_heads(qkv_BNC3, head_width, part) for part in (QUERY, KEY, VALUE))
-        summed = query @ _state(key, value)
+        parts, band = _Parts(qkv_BNC3, head_width), slice(None)
+        summed = parts.active(QUERY, band) @ _state(parts.active(KEY, band), parts.wide(VALUE, band))
         mixed, normaliser = summed[..., :head_width], summed[..., head_width:]
         return (mixed / (normaliser + eps)).transpose(1, 2).flatten(2).to(qkv_BNC3.dtype), normaliser.detach()
     return _ReluAttention.apply(qkv_BNC3, head_width, eps)  # type: ignore[no-any-return]
@@ -57,9 +57,9 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor, eps: float) -> Tensor:
         if _one_by_one(x_BNC):
-            samples = zip(*(torch.split(part, 1) for part in (x_BNC, shift_B1C, 1 + scale_B1C)), strict=True)
-            of_samples = [aten.native_layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps) for x, shift, scale in samples]
-            out_BNC, mean, inverse_std = (_joined(parts, dim=0) for parts in zip(*of_samples, strict=True))
+            samples = _samples(x_BNC, shift_B1C, 1 + scale_B1C)
+            of_samples = [aten.native_layer_norm(x, x.shape[-1:], scale.view(-1), shift.view(-1), eps) for x, shift, scale in samples]
+            out_BNC, mean, inverse_std = _joined_samples(of_samples)
         else:
             normed_BNC, mean, inverse_std = aten.native_layer_norm(x_BNC, x_BNC.shape[-1:], None, None, eps)
             out_BNC = torch.addcmul(shift_B1C, normed_BNC, 1 + scale_B1C)
@@ -71,9 +71,8 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor | None, ...]:
         x_BNC, scale_B1C, mean, inverse_std = ctx.saved_tensors
         if _one_by_one(x_BNC):
-            samples = zip(*(torch.split(part, 1) for part in (grad_BNC, x_BNC, 1 + scale_B1C, mean, inverse_std)), strict=True)
-            of_samples = [_affine_norm_gradients(*sample) for sample in samples]
-            grad_x, grad_scale, grad_shift = (_joined(parts, dim=0) for parts in zip(*of_samples, strict=True))
+            samples = _samples(grad_BNC, x_BNC, 1 + scale_B1C, mean, inverse_std)
+            grad_x, grad_scale, grad_shift = _joined_samples([_affine_norm_gradients(*sample) for sample in samples])
             return grad_x, grad_shift.view_as(scale_B1C), grad_scale.view_as(scale_B1C), None
         normed_BNC = ((x_BNC - mean) * inverse_std).to(grad_BNC.dtype)
         grad_scale = (grad_BNC * normed_BNC).sum(dim=1, keepdim=True)
@@ -89,16 +88,16 @@ class _ReluAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tensor, Tensor]:
-        cuts = _token_bands(qkv_BNC3)
-        state = _total(_state(*(_wide_heads(qkv_BNC3[:, band], head_width, part) for part in (KEY, VALUE))) for band in cuts)
+        parts, cuts = _Parts(qkv_BNC3, head_width), _token_bands(qkv_BNC3)
+        state = _total(_state(parts.active(KEY, band), parts.wide(VALUE, band)) for band in cuts)
         out_BNC = qkv_BNC3.new_empty((*qkv_BNC3.shape[:2], qkv_BNC3.shape[2] // 3))
-        normalisers = []
+        out_BHND, normalisers = _heads(out_BNC, head_width), []
         for band in cuts:
-            summed = _wide_heads(qkv_BNC3[:, band], head_width, QUERY) @ state  # (B, H, n, D + 1)
+            summed = parts.active(QUERY, band) @ state  # (B, H, n, D + 1)
             normalisers.append(summed[..., head_width:])
-            torch.div(summed[..., :head_width], normalisers[-1] + eps, out=_heads(out_BNC[:, band], head_width))
-        normaliser = _joined(normalisers, dim=2)
-        ctx.save_for_backward(qkv_BNC3, out_BNC, state)
+            torch.div(summed[..., :head_width], normalisers[-1] + eps, out=out_BHND[:, :, band])
+        normaliser = normalisers[0].clone() if len(normalisers) == 1 else torch.cat(normalisers, dim=2)
+        ctx.save_for_backward(qkv_BNC3, out_BNC, state, normaliser)
         ctx.head_width, ctx.eps = head_width, eps
         ctx.mark_non_differentiable(normaliser)
         return out_BNC, normaliser
@@ -106,28 +105,28 @@ class _ReluAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_BNC3, out_BNC, state = ctx.saved_tensors
+        qkv_BNC3, out_BNC, state, normaliser = ctx.saved_tensors
         width, cuts = ctx.head_width, _token_bands(qkv_BNC3)
-        grad_qkv = torch.empty_like(qkv_BNC3)
-        into = [_heads(part, width) for part in grad_qkv.chunk(3, dim=-1)]
+        parts, grad_qkv = _Parts(qkv_BNC3, width), torch.empty_like(qkv_BNC3)
+        into, grad_BHND, mixed_BHND = _Parts(grad_qkv, width), _heads(grad_BNC, width), _heads(out_BNC, width)
 
         def grad_state_of(band: slice) -> Tensor:
-            query = _wide_heads(qkv_BNC3[:, band], width, QUERY)
-            grad, mixed = (_heads(part[:, band], width).to(query.dtype) for part in (grad_BNC, out_BNC))
-            normaliser = query @ state[..., width:] + ctx.eps
+            query = parts.active(QUERY, band)
+            grad, mixed = (part[:, :, band].to(query.dtype) for part in (grad_BHND, mixed_BHND))
             # The gradient of the numerator and of the normaliser side by side, as the state holds both.
             grad_summed = torch.empty((*grad.shape[:-1], width + 1), dtype=query.dtype, device=query.device)
-            torch.div(grad, normaliser, out=grad_summed[..., :width])
-            torch.sum(grad_summed[..., :width] * mixed, dim=-1, keepdim=True, out=grad_summed[..., width:]).neg_()
-            _put_active(into[QUERY][:, :, band], grad_summed @ state.transpose(-1, -2), query)
+            grad_numerator = torch.div(grad, normaliser[:, :, band] + ctx.eps, out=grad_summed[..., :width])
+            torch.sum(grad_numerator * mixed, dim=-1, keepdim=True, out=grad_summed[..., width:]).neg_()
+            _put_active(into.heads[QUERY][:, :, band], grad_summed @ state.transpose(-1, -2), query)
             return query.transpose(-1, -2) @ grad_summed  # (B, H, D, D + 1)
 
         grad_state = _total(grad_state_of(band) for band in cuts)
+        to_value = grad_state[..., :width]
         for band in cuts:
-            key, value = (_wide_heads(qkv_BNC3[:, band], width, part) for part in (KEY, VALUE))
-            grad_key = value @ grad_state[..., :width].transpose(-1, -2) + grad_state[..., width:].transpose(-1, -2)
-            _put_active(into[KEY][:, :, band], grad_key, key)
-            into[VALUE][:, :, band].copy_(key @ grad_state[..., :width])
+            key = parts.active(KEY, band)
+            grad_key = parts.wide(VALUE, band) @ to_value.transpose(-1, -2) + grad_state[..., width:].transpose(-1, -2)
+            _put_active(into.heads[KEY][:, :, band], grad_key, key)
+            into.heads[VALUE][:, :, band].copy_(key @ to_value)
         return grad_qkv, None, None
 
 
@@ -145,6 +144,15 @@ def _affine_norm_gradients(grad_1NC: Tensor, x_1NC: Tensor, weight_11C: Tensor, 
     return [grads[0], grads[1][None], grads[2][None]]
 
 
+def _samples(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Yield what belongs to each sample, with its batch axis."""
+    return [batches] if batches[0].shape[0] == 1 else zip(*(torch.split(batch, 1) for batch in batches), strict=True)
+
+
+def _joined_samples(of_samples: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    return of_samples[0] if len(of_samples) == 1 else [torch.cat(parts) for parts in zip(*of_samples, strict=True)]
+
+
 def _token_bands(x_BNC: Tensor) -> list[slice]:
     return bands(x_BNC.shape[1], x_BNC.shape[0] * x_BNC.shape[2], x_BNC)
 
@@ -157,11 +165,21 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def _wide_heads(qkv_BnC3: Tensor, head_width: int, part: int) -> Tensor:
-    """Return ReLU queries, ReLU keys or values, (B, H, n, D), in float32 or wider."""
-    one_BnC = qkv_BnC3.chunk(3, dim=-1)[part]
-    wide = one_BnC.to(torch.promote_types(one_BnC.dtype, torch.float32))
-    return _heads(wide if part == VALUE else F.relu(wide), head_width)
+class _Parts:
+    """Queries, keys and values of packed ones."""
+
+    def __init__(self, qkv_BNC3: Tensor, head_width: int) -> None:
+        self.heads = [_heads(part, head_width) for part in qkv_BNC3.chunk(3, dim=-1)]
+        """(B, H, N, D) each."""
+        self.dtype = torch.promote_types(qkv_BNC3.dtype, torch.float32)
+
+    def wide(self, part: int, band: slice) -> Tensor:
+        """Return some tokens, (B, H, n, D), in float32 or wider."""
+        return self.heads[part][:, :, band].to(self.dtype)
+
+    def active(self, part: int, band: slice) -> Tensor:
+        """Return the ReLU of the same."""
+        return F.relu(self.wide(part, band))
 
 
 def _heads(x_BnC: Tensor, head_width: int) -> Tensor:
