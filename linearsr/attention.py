@@ -6,13 +6,14 @@ Source: SANA (arXiv 2410.10629) section 3.2; method.md 2.2, 2.3.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearsr.fused import relu_attention
-from linearsr.linear import Linear, product_dtype
+from linearsr.linear import Linear, linear_each, product_dtype
 
 EPS = 1e-15
 """Added to a query's normaliser. Source: diffusers' SANA; method.md 2.3."""
@@ -87,18 +88,62 @@ class KeyValue:
     """(B, 1, 1, T) bool, True where a token is read; None where all are."""
 
 
+@dataclass(frozen=True)
+class AbsorbedCaption:
+    """Short captions with the projections around them: image tokens -> scores -> softmax -> result, without queries and mixed values."""
+
+    score_weight: Tensor
+    """(B, H T, C): keys times the query projection, over sqrt(D)."""
+    score_bias: Tensor
+    """(B, H T), minus infinity for a token that is not read."""
+    value_weight: Tensor
+    """(B, C, H T): the output projection times values."""
+    value_bias: Tensor
+    """(C,)."""
+    num_tokens: int
+    """T."""
+
+    def read(self, x_BNC: Tensor) -> Tensor:
+        """Return what image tokens read, (B, N, C) -> (B, N, C)."""
+        wide_BNC = x_BNC.to(self.score_weight.dtype)
+        scores = linear_each(wide_BNC, self.score_weight, self.score_bias)
+        shares_BNHT = scores.view(*x_BNC.shape[:2], -1, self.num_tokens).softmax(dim=-1)
+        return linear_each(shares_BNHT.flatten(2), self.value_weight, self.value_bias).to(x_BNC.dtype)
+
+
+def absorption_pays(num_tokens: int, caption_tokens: int, width: int, num_heads: int) -> bool:
+    """Say whether absorbing a caption takes fewer products than it spares in one forward of `num_tokens` image tokens a sample.
+
+    Before, 2 C (C + T) an image token; after, 2 H T C, and 2 T C C once.
+    """
+    return caption_tokens * width + num_tokens * num_heads * caption_tokens < num_tokens * (width + caption_tokens)
+
+
+class LendingLinear(Linear):
+    """A linear layer whose weights are also used from outside, during a call: DeepSpeed's ZeRO 3 gathers them for a call alone."""
+
+    def forward(self, input: Tensor, use: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Any:  # noqa: A002
+        """Project the last axis of `input`; or return what `use` makes of it, the weight and the bias."""
+        return super().forward(input) if use is None else use(input, self.weight, self.bias)
+
+
 class CrossAttention(nn.Module):
-    """Softmax attention from image tokens to the few caption tokens."""
+    """Softmax attention from image tokens to the few caption tokens.
+
+    A score is x W_q k. With few caption tokens it is cheaper to multiply W_q and k first, and likewise values and the output projection.
+    DeepSeek-V2 (arXiv 2405.04434, section 2.1.2) calls it absorption.
+    """
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         """Make projections, all with bias, as in SANA."""
         super().__init__()
         self.num_heads = num_heads
-        self.query = Linear(width, width)
+        self.query = LendingLinear(width, width)
         self.key_value = Linear(width, 2 * width)
-        self.out = Linear(width, width)
+        self.out = LendingLinear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.qk_norm = qk_norm
 
     def project(self, tokens_BTC: Tensor, mask_BT: Tensor | None) -> KeyValue:
         """Project captions (B, T, C); `mask_BT` is True where a token is real, None where all are.
@@ -113,8 +158,45 @@ class CrossAttention(nn.Module):
         value = value.masked_fill(empty_B[:, None, None, None], 0)
         return KeyValue(key, value, (mask_BT | empty_B[:, None])[:, None, None, :])
 
-    def forward(self, x_BNC: Tensor, caption: KeyValue) -> Tensor:
-        """Read captions: (B, N, C) -> (B, N, C)."""
+    def absorbs(self, caption: KeyValue, num_tokens: int) -> bool:
+        """Say whether a caption is absorbed for forwards of `num_tokens` image tokens a sample: where that spares products.
+
+        Not with QK-norm, which is not linear, and not in half precision, which would round the scores.
+        """
+        if self.qk_norm or product_dtype(caption.key) not in (torch.float32, torch.float64):
+            return False
+        _, heads, caption_tokens, head_width = caption.key.shape
+        return absorption_pays(num_tokens, caption_tokens, heads * head_width, heads)
+
+    def absorb(self, caption: KeyValue) -> AbsorbedCaption:
+        """Multiply captions and the projections around them."""
+        wide = product_dtype(caption.key)
+        _, heads, num_tokens, head_width = caption.key.shape
+
+        def to_scores(key: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            by_head = weight.to(wide).view(heads, head_width, -1)  # (H, D, C)
+            return (key @ by_head).flatten(1, 2), (key @ bias.to(wide).view(heads, head_width, 1)).flatten(1)
+
+        def to_result(value: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            by_head = weight.to(wide).view(-1, heads, head_width).permute(1, 2, 0)  # (H, D, C)
+            return (value @ by_head).flatten(1, 2).transpose(1, 2), bias.to(wide)
+
+        score_weight, score_bias = self.query(caption.key.to(wide) / head_width**0.5, use=to_scores)
+        if caption.mask is not None:
+            hidden = ~caption.mask[:, 0].expand(-1, heads, -1).flatten(1)
+            score_bias = score_bias.masked_fill(hidden, float("-inf"))
+        value_weight, value_bias = self.out(caption.value.to(wide), use=to_result)
+        return AbsorbedCaption(score_weight, score_bias, value_weight, value_bias, num_tokens)
+
+    def forward(self, x_BNC: Tensor, caption: KeyValue | AbsorbedCaption) -> Tensor:
+        """Read captions: (B, N, C) -> (B, N, C).
+
+        Query and output projection are called in this order whatever is absorbed, since sharded ranks must gather weights in one order.
+        """
+        if isinstance(caption, AbsorbedCaption):
+            return caption.read(x_BNC)
+        if self.absorbs(caption, x_BNC.shape[1]):
+            return self.absorb(caption).read(x_BNC)
         query = self._split(self.norm_q(self.query(x_BNC)))
         wide_query, key, value = (part.to(product_dtype(query)) for part in (query, caption.key, caption.value))
         mixed_BHND = F.scaled_dot_product_attention(wide_query, key, value, attn_mask=caption.mask).to(query.dtype)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from linearsr.attention import CrossAttention, KeyValue
+from linearsr.attention import AbsorbedCaption, CrossAttention, KeyValue
 from linearsr.blocks import Block
 from linearsr.conditioning import CaptionProjection, LowResolutionStem, TagEncoder, TextEmbedding, TimeEmbedding
 from linearsr.config import BackboneConfig
@@ -22,8 +22,8 @@ class Conditioning:
 
     lr_features: Tensor
     """(B, stem width, H, W)."""
-    captions: tuple[KeyValue, ...]
-    """Keys and values of the caption, one for each block."""
+    captions: tuple[KeyValue | AbsorbedCaption, ...]
+    """The caption as each block reads it."""
 
 
 class Backbone(nn.Module):
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def prepare(self, lr: Tensor, captions: Tensor | TextEmbedding) -> Conditioning:
+    def prepare(self, lr: Tensor, captions: Tensor | TextEmbedding, *, reused: bool = False) -> Conditioning:
         """Encode what does not depend on the noise level, once an image.
 
         Tokens that are padding in the whole batch are left out, except in training on a GPU, where looking for them would make the
@@ -72,6 +72,7 @@ class Backbone(nn.Module):
         Args:
             lr: LR pixels (B, 3, h, w) in [-1, 1].
             captions: Tag ids (B, T) int64, 0 for padding; or text embeddings, for a network with `caption_encoder="text"`.
+            reused: It is for several steps of a sampler: short captions are absorbed here, once. No weights may be sharded.
 
         Raises:
             ValueError: if the network takes the other kind of captions.
@@ -81,8 +82,13 @@ class Backbone(nn.Module):
         waits = torch.is_grad_enabled() and text.mask.device.type != "cpu"
         values, mask = (text.values, text.mask) if waits else text.trimmed()
         tokens_BTC = self.tags(values.to(dtype))
-        crosses: list[CrossAttention] = [block.cross for block in self.blocks]  # type: ignore[misc]
-        return Conditioning(self.stem(lr.to(dtype)), tuple(cross.project(tokens_BTC, mask) for cross in crosses))
+        lr_features = self.stem(lr.to(dtype))
+
+        def read_by(cross: CrossAttention) -> KeyValue | AbsorbedCaption:
+            caption = cross.project(tokens_BTC, mask)
+            return cross.absorb(caption) if reused and cross.absorbs(caption, lr_features[0, 0].numel()) else caption
+
+        return Conditioning(lr_features, tuple(read_by(block.cross) for block in self.blocks))  # type: ignore[arg-type]
 
     def _embedding(self, captions: Tensor | TextEmbedding) -> TextEmbedding:
         if isinstance(self.tags, TagEncoder) and isinstance(captions, Tensor):

@@ -7,7 +7,7 @@ Source: method.md 2.2, 2.5.
 import torch
 from torch import Tensor, nn
 
-from linearsr.attention import CrossAttention, KeyValue, LinearAttention
+from linearsr.attention import AbsorbedCaption, CrossAttention, KeyValue, LinearAttention
 from linearsr.config import BackboneConfig
 from linearsr.depthwise import gated_depthwise
 from linearsr.fused import modulated_norm
@@ -54,12 +54,12 @@ class Block(nn.Module):
         self.ffn = MixFFN(width, config.ffn_width)
         self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, x_BNC: Tensor, caption: KeyValue, modulation_B6C: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x_BNC: Tensor, caption: KeyValue | AbsorbedCaption, modulation_B6C: Tensor, grid: tuple[int, int]) -> Tensor:
         """Apply the block: (B, N, C) -> (B, N, C).
 
         Args:
             x_BNC: Tokens of the (H, W) grid in row-major order.
-            caption: What this block's cross-attention made of the caption; see `CrossAttention.project`.
+            caption: What this block's cross-attention made of the caption; see `CrossAttention.project` and `absorb`.
             modulation_B6C: The network's shared time embedding.
             grid: (H, W).
         """

@@ -22,10 +22,22 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Project the last axis: (..., in_features) -> (..., out_features)."""
-        if torch.compiler.is_compiling() or not _takes(input, self.weight):
-            return F.linear(input, self.weight, self.bias)
-        flat = input.reshape(-1, self.in_features)
-        return _CpuLinear.apply(flat, self.weight, self.bias).view(*input.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Project the last axis as `F.linear` does: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
+    if torch.compiler.is_compiling() or not _takes(x, weight):
+        return F.linear(x, weight, bias)
+    return _CpuLinear.apply(x.reshape(-1, weight.shape[1]), weight, bias).view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def linear_each(x_BNI: Tensor, weight_BOI: Tensor, bias: Tensor) -> Tensor:
+    """Project every sample by weights of its own: (B, N, I) -> (B, N, O); the bias is (O,), or (B, O) for one of its own too."""
+    if torch.compiler.is_compiling() or not _takes(x_BNI[0], weight_BOI[0]):
+        return torch.baddbmm(bias.unsqueeze(-2), x_BNI, weight_BOI.transpose(1, 2))
+    biases = bias.expand(len(x_BNI), -1)
+    return torch.stack([linear(x, weight, one) for x, weight, one in zip(x_BNI, weight_BOI, biases, strict=True)])
 
 
 class _CpuLinear(torch.autograd.Function):

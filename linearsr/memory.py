@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from linearsr.attention import absorption_pays
 from linearsr.bundle import Bundle
 from linearsr.codec_memory import CodecMemory
 from linearsr.codec_source import CodecError
@@ -89,6 +90,8 @@ class MemoryModel:
     """Bytes of a number in the network."""
     device_type: str = "cpu"
     """On `cuda` the next expert is copied beside the running one."""
+    caption_tokens: int = 1
+    """Tokens of a caption, at most."""
     codec: CodecMemory | None = None
     """Of the DC-AE; None for an embedded codec, which has no weights, and for a DC-AE that is not here."""
 
@@ -108,6 +111,7 @@ class MemoryModel:
             expert_parameters=expert_parameters(bundle),
             dtype_bytes=network_dtype(bundle).itemsize,
             device_type=device_type,
+            caption_tokens=1 + bundle.config.tags.max_tags if bundle.text is None else bundle.text.encoder.max_tokens,
             codec=codec,
         )
 
@@ -131,12 +135,23 @@ class MemoryModel:
         inputs = (self.config.codec.latent_channels + 2 * shape.stem_width) * size
         return max(feed_forward, attention) + inputs
 
+    def captions(self, num_tokens: int) -> int:
+        """Return the bytes of a caption as all blocks of one expert read it, at its longest for a picture of `num_tokens`.
+
+        Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32.
+        """
+        shape = self.config.backbone
+        heads, lengths = shape.num_cross_heads, range(self.caption_tokens, 0, -1)
+        absorbed = next((length for length in lengths if absorption_pays(num_tokens, length, shape.width, heads)), 0)
+        plain, wide = self.caption_tokens * self.dtype_bytes, heads * absorbed * max(self.dtype_bytes, 4)
+        return 2 * shape.num_blocks * shape.width * max(plain, 0 if shape.qk_norm else wide)
+
     def network(self, tiling: Tiling) -> int:
-        """Return the bytes of latents, which cover the picture, and of activations, which cover a tile."""
+        """Return the bytes of latents and captions, which cover the picture, and of activations, which cover a tile."""
         tokens, tile_tokens = tiling.grid[0] * tiling.grid[1], tiling.side[0] * tiling.side[1]
         latents = LATENT_STATE * 4 * self.config.codec.latent_channels
         held = tokens * (latents + 4 * self.config.backbone.stem_width) + self._low(tiling.grid)
-        return held + tile_tokens * self.activations_per_token()
+        return held + self.captions(tokens) + tile_tokens * self.activations_per_token()
 
     def picture(self, grid: tuple[int, int], colour_fix: ColourFix = "none") -> int:
         """Return the bytes of an embedded codec's decoding, and of a colour fix."""
@@ -196,10 +211,10 @@ class MemoryModel:
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
         """Return the side of the largest square output, in pixels, that fits at once without a colour fix; 0 if none does."""
         room = budget_bytes - self.weights(residency)
-        per_token = max(self.network(whole((1, 1))), self.picture((1, 1)))
+        per_token = max(self.network(whole((1, 1))) - self.captions(1), self.picture((1, 1)))
         side = isqrt(max(0, room // per_token))
-        # A codec's tiles get smaller where one more is needed, so its bytes do not only grow.
-        while side > 0 and self.coding((side, side)) > room:
+        # A codec's tiles get smaller where one more is needed, so its bytes do not only grow; captions take theirs at any size.
+        while side > 0 and max(self.network(whole((side, side))), self.coding((side, side))) > room:
             side -= 1
         return side * self.config.codec.factor
 

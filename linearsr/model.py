@@ -38,8 +38,7 @@ class SuperResolver(nn.Module):
 
     def condition(self, lr: Tensor, captions: Tensor | TextEmbedding) -> Condition:
         """Encode LR pixels (B, 3, h, w) in [-1, 1] and captions once, for all steps of a sampler; see `Backbone.prepare`."""
-        mean = self.space.prior_mean(lr) if self.config.prior == "lr" else None
-        return Condition(self.network.prepare(lr, captions), mean)
+        return self._condition(lr, captions, reused=True)
 
     def denoise(self, z: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         """Estimate z_0 from z_t: (B, c, H, W) at noise level t, a number or (B,) -> (B, c, H, W) float32."""
@@ -53,5 +52,9 @@ class SuperResolver(nn.Module):
         return condition.prior_mean + sigma * known + deviation * prediction  # type: ignore[no-any-return]
 
     def forward(self, z: Tensor, t: Tensor, lr: Tensor, captions: Tensor | TextEmbedding) -> Tensor:
-        """Estimate z_0 in one call, as training does: see `condition` and `denoise`."""
-        return self.denoise(z, t, self.condition(lr, captions))
+        """Estimate z_0 in one call, as training does: see `condition` and `denoise`. Weights may be sharded."""
+        return self.denoise(z, t, self._condition(lr, captions, reused=False))
+
+    def _condition(self, lr: Tensor, captions: Tensor | TextEmbedding, *, reused: bool) -> Condition:
+        mean = self.space.prior_mean(lr) if self.config.prior == "lr" else None
+        return Condition(self.network.prepare(lr, captions, reused=reused), mean)

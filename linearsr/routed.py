@@ -113,7 +113,7 @@ class RoutedSampler:
                     if known is None:
                         conditions[key] = expert.condition(pixels, read)
                     else:  # The prior is the codec's, the same for all experts.
-                        conditions[key] = Condition(expert.network.prepare(pixels, read), known.prior_mean)
+                        conditions[key] = Condition(expert.network.prepare(pixels, read, reused=True), known.prior_mean)
             return conditions[key]
 
         def estimate(z: Tensor, t: float, *, with_tags: bool) -> Tensor:

@@ -185,7 +185,7 @@ def run_sampler(width: int, tokens: int, dtype: torch.dtype, repeats: int, block
 
     def run_ours() -> Tensor:
         with torch.no_grad():
-            conditioning = ours.prepare(lr, text)
+            conditioning = ours.prepare(lr, text, reused=True)
         return sample(lambda z, t: ours(z, t, conditioning))
 
     note = check(run_ours() - noise, run_theirs() - noise, dtype)
