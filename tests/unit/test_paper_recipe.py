@@ -85,7 +85,11 @@ def test_the_papers_network_builds_without_memory_and_runs_a_crop(recipe: Recipe
     lr = torch.empty(1, 3, recipe.pretrain.crop_px // config.scale, recipe.pretrain.crop_px // config.scale, device="meta")
     z = torch.empty(1, 32, side, side, device="meta")
     assert section.text is not None
-    text = TextEmbedding(*(torch.empty(1, section.text.max_tokens, *shape, device="meta") for shape in ((2304,), ())))
+    values, mask = (
+        torch.empty(1, section.text.max_tokens, 2304, device="meta"),
+        torch.ones(1, section.text.max_tokens, dtype=torch.bool, device="meta"),
+    )
+    text = TextEmbedding(values, mask)
     assert network(z, torch.empty(1, device="meta"), network.prepare(lr, text)).shape == (1, 32, 32, 32)
 
 
