@@ -6,7 +6,6 @@ Source: SANA (arXiv 2410.10629) section 3.2; method.md 2.2, 2.3.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ class AbsorbedCaption:
     value_weight: Tensor
     """(B, C, H T): the output projection times values."""
     value_bias: Tensor
-    """(C,)."""
+    """(B, C)."""
     num_tokens: int
     """T."""
 
@@ -122,8 +121,11 @@ def absorption_pays(num_tokens: int, caption_tokens: int, width: int, num_heads:
 class LendingLinear(Linear):
     """A linear layer whose weights are also used from outside, during a call: DeepSpeed's ZeRO 3 gathers them for a call alone."""
 
-    def forward(self, input: Tensor, use: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Any:  # noqa: A002
-        """Project the last axis of `input`; or return what `use` makes of it, the weight and the bias."""
+    def forward(self, input: Tensor, use: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:  # noqa: A002
+        """Project the last axis of `input`; or return what `use` makes of it, the weight and the bias.
+
+        That is one tensor either way: ZeRO 3 notes a call for each tensor, and workers may not differ in them.
+        """
         return super().forward(input) if use is None else use(input, self.weight, self.bias)
 
 
@@ -173,25 +175,27 @@ class CrossAttention(nn.Module):
         wide = product_dtype(caption.key)
         _, heads, num_tokens, head_width = caption.key.shape
 
-        def to_scores(key: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            by_head = weight.to(wide).view(heads, head_width, -1)  # (H, D, C)
-            return (key @ by_head).flatten(1, 2), (key @ bias.to(wide).view(heads, head_width, 1)).flatten(1)
+        def to_scores(key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            by_head = torch.cat([weight, bias[:, None]], dim=1).to(wide).view(heads, head_width, -1)  # (H, D, C + 1)
+            return (key @ by_head).flatten(1, 2)  # (B, H T, C + 1)
 
-        def to_result(value: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        def to_result(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             by_head = weight.to(wide).view(-1, heads, head_width).permute(1, 2, 0)  # (H, D, C)
-            return (value @ by_head).flatten(1, 2).transpose(1, 2), bias.to(wide)
+            return torch.cat([(value @ by_head).flatten(1, 2), bias.to(wide).expand(len(value), 1, -1)], dim=1)  # (B, H T + 1, C)
 
-        score_weight, score_bias = self.query(caption.key.to(wide) / head_width**0.5, use=to_scores)
+        # The norm, here the identity, is called for the order of calls; see `forward`.
+        scores = self.norm_q(self.query(caption.key.to(wide) / head_width**0.5, use=to_scores))
+        score_bias = scores[..., -1]
         if caption.mask is not None:
             hidden = ~caption.mask[:, 0].expand(-1, heads, -1).flatten(1)
             score_bias = score_bias.masked_fill(hidden, float("-inf"))
-        value_weight, value_bias = self.out(caption.value.to(wide), use=to_result)
-        return AbsorbedCaption(score_weight, score_bias, value_weight, value_bias, num_tokens)
+        result = self.out(caption.value.to(wide), use=to_result)
+        return AbsorbedCaption(scores[..., :-1], score_bias, result[:, :-1].transpose(1, 2), result[:, -1], num_tokens)
 
     def forward(self, x_BNC: Tensor, caption: KeyValue | AbsorbedCaption) -> Tensor:
         """Read captions: (B, N, C) -> (B, N, C).
 
-        Query and output projection are called in this order whatever is absorbed, since sharded ranks must gather weights in one order.
+        The same modules are called in the same order whatever is absorbed: workers that shard weights must gather them in one order.
         """
         if isinstance(caption, AbsorbedCaption):
             return caption.read(x_BNC)

@@ -32,12 +32,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _CpuLinear.apply(x.reshape(-1, weight.shape[1]), weight, bias).view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
-def linear_each(x_BNI: Tensor, weight_BOI: Tensor, bias: Tensor) -> Tensor:
-    """Project every sample by weights of its own: (B, N, I) -> (B, N, O); the bias is (O,), or (B, O) for one of its own too."""
+def linear_each(x_BNI: Tensor, weight_BOI: Tensor, bias_BO: Tensor) -> Tensor:
+    """Project every sample by a weight and a bias of its own: (B, N, I) -> (B, N, O)."""
     if torch.compiler.is_compiling() or not _takes(x_BNI[0], weight_BOI[0]):
-        return torch.baddbmm(bias.unsqueeze(-2), x_BNI, weight_BOI.transpose(1, 2))
-    biases = bias.expand(len(x_BNI), -1)
-    return torch.stack([linear(x, weight, one) for x, weight, one in zip(x_BNI, weight_BOI, biases, strict=True)])
+        return torch.baddbmm(bias_BO[:, None], x_BNI, weight_BOI.transpose(1, 2))
+    return torch.stack([linear(x, weight, bias) for x, weight, bias in zip(x_BNI, weight_BOI, bias_BO, strict=True)])
 
 
 class _CpuLinear(torch.autograd.Function):
