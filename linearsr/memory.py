@@ -68,6 +68,15 @@ class MemoryPlan:
         return self.weight_bytes + max(self.network_bytes, self.picture_bytes, self.codec_bytes)
 
     @property
+    def parts(self) -> str:
+        """What `peak_bytes` is made of, in words: the weights, and the largest of what is held beside them, one after the other."""
+        codec = f", {shown_bytes(self.codec_weight_bytes)} of them the codec's," if self.codec_bytes else ""
+        works = {"network": self.network_bytes, "picture": self.picture_bytes} | ({"codec": self.codec_bytes} if self.codec_bytes else {})
+        largest = ", ".join(f"{name} {shown_bytes(count)}" for name, count in works.items())
+        missing = "" if self.codec_counted else "; the DC-AE is not here and not counted"
+        return f"weights {shown_bytes(self.weight_bytes)}{codec} and the largest of {largest}{missing}"
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the picture."""
         return self.tiling.grid[0] * self.tiling.grid[1]
@@ -183,14 +192,14 @@ class MemoryModel:
         fitting = next((plan for plan in plans if plan.peak_bytes <= budget_bytes), None)
         if fitting is not None:
             return fitting
-        least = min(plans, key=lambda plan: plan.peak_bytes)
+        # Where picture or codec decide, every tile takes as much: the smallest shows that tiles do not help.
+        least = min(plans, key=lambda plan: (plan.peak_bytes, plan.network_bytes))
         if tile is not None and residency is not None:
             return least
-        codec = f", codec at work {least.codec_bytes / 1e9:.2f}; {least.codec_weight_bytes / 1e9:.2f} of the weights are its"
+        shape = "whole" if least.tile is None else f"in tiles of {least.tile}"
         raise PictureTooLarge(
-            f"memory: got {budget_bytes / 1e9:.2f} GB; expected {least.peak_bytes / 1e9:.2f} GB for {grid[1]} x {grid[0]} tokens in tiles "
-            f"of {max(least.tiling.side)} (weights {least.weight_bytes / 1e9:.2f}, network {least.network_bytes / 1e9:.2f}, picture "
-            f"{least.picture_bytes / 1e9:.2f}{codec if self.codec else ''}); fix: a smaller picture, or --memory GB if more is there"
+            f"memory: got {shown_bytes(budget_bytes)}; expected {shown_bytes(least.peak_bytes)} for {grid[1]} x {grid[0]} tokens {shape} "
+            f"({least.parts}); fix: a smaller picture, or --memory GB if more is there"
         )
 
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
@@ -234,6 +243,11 @@ class MemoryModel:
             side = max(MIN_SIDE, side * 7 // 8)
             found.append(cut(grid, side))
         return found
+
+
+def shown_bytes(count: int) -> str:
+    """Return bytes as a person reads them: GB of 1e9 bytes, or MB where that would be 0.0 and something."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 from linearsr.bundle import Bundle, BundleError, load_bundle, with_text_encoder
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
-from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes
+from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes, shown_bytes
 from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
 from linearsr.pictures import Picture, PictureError, decode_picture
 from linearsr.residency import Residency
@@ -65,6 +65,8 @@ class Outcome:
         if self.memory is not None:
             facts |= {"tokens": self.memory.num_tokens, "tiles": self.memory.tiling.num_tiles, "residency": self.memory.residency}
             facts |= {"memory_bytes": self.memory.peak_bytes, "memory_limit_bytes": self.memory.budget_bytes}
+            facts |= {"codec_weight_bytes": self.memory.codec_weight_bytes, "codec_bytes": self.memory.codec_bytes}
+            facts |= {"codec_counted": self.memory.codec_counted}
         return facts
 
     def lines(self) -> Iterator[str]:
@@ -178,7 +180,7 @@ class UpscaleRun:
         )
         if plan.tile is not None and machine.tile is None and not machine.cuts:
             raise PictureTooLarge(
-                f"memory: got {machine.memory_bytes / 1e9:.2f} GB for a worker; expected enough for {_size(picture.size)} px whole: in "
+                f"memory: got {shown_bytes(machine.memory_bytes)} for a worker; expected enough for {_size(picture.size)} px whole: in "
                 "tiles it would depend on how much a worker has; fix: --memory GB or --tile TOKENS, the same for all, or larger workers"
             )
         return sizes, plan
@@ -258,13 +260,7 @@ def describe(plan: MemoryPlan) -> str:
     tile = f"{columns} x {rows} tiles of {plan.tiling.side[1]} x {plan.tiling.side[0]}, overlap {plan.tiling.overlap}"
     cut = "whole" if plan.tile is None else tile
     experts = "all experts" if plan.residency == "all" else "one expert at a time"
-    weights = f"weights {plan.weight_bytes / 1e9:.2f}"
-    if plan.codec_bytes:
-        weights += f" with the codec's {plan.codec_weight_bytes / 1e9:.2f}, codec at work {plan.codec_bytes / 1e9:.2f}"
-    elif not plan.codec_counted:
-        weights += "; the DC-AE is not here and not counted"
-    memory = f"{plan.peak_bytes / 1e9:.2f} of {plan.budget_bytes / 1e9:.2f} GB ({weights})"
-    return f"{grid}, {cut}, {experts}, {memory}"
+    return f"{grid}, {cut}, {experts}, {shown_bytes(plan.peak_bytes)} of {shown_bytes(plan.budget_bytes)} ({plan.parts})"
 
 
 def timing_table(stopwatch: Stopwatch) -> str:
