@@ -17,7 +17,7 @@ class Caption:
     tags: Sequence[str] = ()
     """What the photograph shows."""
     tags_lr: Sequence[str] | None = None
-    """What a tagger sees in its LR image; None if nobody asked one."""
+    """What a tagger sees in an LR image of it, seldom the very one that the sample is degraded to; None if nobody asked one."""
     text: NDArray[np.float16] | None = None
     """Embedding (tokens, width) of the prompt of `tags`."""
     text_lr: NDArray[np.float16] | None = None

@@ -79,7 +79,8 @@ def comparable(*, scale: int | None, degradation: object, seed: int, measured: S
 def held_out(context: RunContext) -> list[Photograph]:
     """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own.
 
-    Their tags are those of the LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
+    Their tags are those of an LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
+    It is not the LR image made here: `tag --lr` degrades by the file's name, this by the place in the split, unknown before `prepare`.
 
     Raises:
         UserError: if two of them have the same name.
