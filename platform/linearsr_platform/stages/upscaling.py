@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from linearsr.bundle import Bundle, BundleError, load_bundle, with_text_encoder
+from linearsr.bundle import Bundle, BundleError, load_bundle, with_codec_tile, with_text_encoder
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
 from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes, shown_bytes
@@ -58,7 +58,7 @@ class Outcome:
     memory: MemoryPlan | None = None
 
     def as_json(self) -> dict[str, object]:
-        """Return it JSON-able."""
+        """Return it JSON-able; `codec_tile` is columns and rows of latents, null where no DC-AE is counted."""
         facts: dict[str, object] = {"source": self.source, "target": self.target, "status": self.status, "notes": list(self.notes)}
         if self.sizes is not None:
             facts |= {"width_px": self.sizes.output[0], "height_px": self.sizes.output[1]}
@@ -66,7 +66,9 @@ class Outcome:
             facts |= {"tokens": self.memory.num_tokens, "tiles": self.memory.tiling.num_tiles, "residency": self.memory.residency}
             facts |= {"memory_bytes": self.memory.peak_bytes, "memory_limit_bytes": self.memory.budget_bytes}
             facts |= {"codec_weight_bytes": self.memory.codec_weight_bytes, "codec_bytes": self.memory.codec_bytes}
-            facts |= {"codec_counted": self.memory.codec_counted}
+            facts |= {"codec_counted": self.memory.codec_counted, "codec_tile": None}
+            if self.memory.codec_tile is not None:
+                facts["codec_tile"] = list(reversed(self.memory.codec_tile))
         return facts
 
     def lines(self) -> Iterator[str]:
@@ -240,14 +242,20 @@ def machine_here(
     return Machine(chosen, memory_bytes, residency, tile, cuts)
 
 
-def open_bundle(folder: Path, codec: str | None, text_encoder: str | None) -> Bundle:
+def open_bundle(folder: Path, codec: str | None, text_encoder: str | None, codec_tile: int | None) -> Bundle:
     """Return a bundle, checked against its hashes, with text encoder and DC-AE where they are on this machine.
+
+    Args:
+        folder: of the bundle.
+        codec, text_encoder: where they are; None is where they were.
+        codec_tile: latent positions along a side of the DC-AE's tiles; None takes the bundle's.
 
     Raises:
         UserError: if something is missing, or is another than it was.
     """
     try:
         bundle = load_bundle(folder, codec_source=codec)
+        bundle = bundle if codec_tile is None else with_codec_tile(bundle, codec_tile)
         return bundle if text_encoder is None else with_text_encoder(bundle, text_encoder)
     except BundleError as error:
         raise UserError(str(error)) from error
