@@ -173,6 +173,21 @@ def with_text_encoder(bundle: Bundle, folder: str) -> Bundle:
     return replace(bundle, text=replace(bundle.text, encoder=replace(bundle.text.encoder, folder=folder)))
 
 
+def with_codec_tile(bundle: Bundle, tile: int) -> Bundle:
+    """Return the bundle with its DC-AE coding in tiles of `tile` positions a side: it takes other memory and gives another picture.
+
+    Raises:
+        BundleError: if its codec has no tiles, or not of that size.
+    """
+    codec = bundle.config.codec
+    if codec.kind != "dc-ae":
+        raise BundleError(f"{bundle.folder}: got a tile of {tile} for codec {codec.kind}, which has none; expected none; fix: leave it out")
+    try:
+        return replace(bundle, config=replace(bundle.config, codec=replace(codec, tile=tile)))
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder}: {error}") from error
+
+
 def _with_checked_codec(manifest: Path, bundle: Bundle, codec_source: str | None) -> Bundle:
     """Return the bundle with its codec's source as it is here; a DC-AE that is not there is found missing when it is needed."""
     codec = bundle.config.codec

@@ -36,12 +36,16 @@ class Captions:
         self.tags, self.text = tags, text
         self._null = None if text is None else torch.tensor(text.null)
 
-    def example(self, caption: Sequence[str] | Caption) -> dict[str, Array]:
+    def example(self, caption: Sequence[str] | Caption, *, at_inference: bool = False) -> dict[str, Array]:
         """Return the arrays of one example: `tags` ids (T,), or `text` float16 (T, E) and `text_tokens` (); with LR tags in the mix also
         the same of the LR image, under names that end in `_lr`.
 
+        Args:
+            caption: what the sample says in words.
+            at_inference: whether a picture is restored with it, so that prompts end with the encoder's suffix; in training none does.
+
         Raises:
-            ValueError: if the sample lacks what the mix needs, or its embedding is by another encoder.
+            ValueError: if the sample lacks what the mix needs, or its embedding is by another encoder or of a prompt of another suffix.
         """
         if not isinstance(caption, Caption):
             caption = Caption(tags=caption)
@@ -53,6 +57,12 @@ class Captions:
         if caption.encoder != self.text.digest:
             raise ValueError(
                 f"text: got embeddings of encoder {caption.encoder or 'none'}; expected {self.text.digest}; "
+                "fix: run the stage `prepare` again with this recipe's `model.text`"
+            )
+        suffix = self.text.encoder.suffix if at_inference else ""
+        if caption.suffix != suffix:
+            raise ValueError(
+                f"text: got embeddings of prompts with suffix {caption.suffix!r}; expected {suffix!r}; "
                 "fix: run the stage `prepare` again with this recipe's `model.text`"
             )
         arrays = self._padded("text", caption.text)

@@ -162,7 +162,7 @@ class TextEncoderConfig:
     instruction: str = ""
     """Text before every prompt but the empty one, for `gemma2`. SANA puts a long one, tags need none. method.md 7 #10."""
     suffix: str = ""
-    """Words after the tags when a picture is enlarged. SeeSR: `clean, high-resolution, 8k`."""
+    """Words after the tags when a picture is restored, in validation too; none in training. SeeSR: `clean, high-resolution, 8k`."""
 
     def __post_init__(self) -> None:
         """Check that there is a folder and room for a first and a last token."""

@@ -5,7 +5,7 @@ Mix-FFN, c latent channels, S stem channels. A DC-AE codec adds its weights and 
 `tests/unit/test_memory.py` holds the plan against what was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,7 @@ from linearsr.codec_memory import CodecMemory
 from linearsr.codec_source import CodecError
 from linearsr.colour import ColourFix
 from linearsr.config import ModelConfig
+from linearsr.dcae import tile_size
 from linearsr.residency import Residency, expert_parameters, network_dtype
 from linearsr.tiles import Tiling, cut, whole
 from linearsr.upscaler import token_grid
@@ -33,6 +34,10 @@ PICTURE_STATE: dict[ColourFix, int] = {"wavelet": 6, "adain": 4, "none": 2}
 `wavelet`: decoded, source, and of their difference's low band rows, their sum, columns, and their sum."""
 MIN_SIDE = 16
 """Smallest tile: with fewer tokens most of a tile is overlap."""
+SMALLEST_CODEC_TILE = 16
+"""Smallest tile of a DC-AE that is advised where larger ones do not fit: the last with its full overlap. Mean squared difference to whole
+decoding over the picture's variance, 48 x 48 positions, a small autoencoder of SANA's kinds of stages with random weights: of white latents
+0.10 at 32, 0.19 at 16, 0.38 at 8, 0.54 at 4; of smooth ones 0.33, 0.48, 0.63, 0.70."""
 USABLE = 0.8
 """Share of the free memory that a plan may use: allocators fragment, and the plan is an estimate."""
 SYSTEM_MEMORY = Path("/proc/meminfo")
@@ -59,6 +64,8 @@ class MemoryPlan:
     """Those of `weight_bytes` that are a DC-AE's."""
     codec_bytes: int
     """Activations, latents and pixels while a DC-AE codes, at its widest point; the network is idle then too."""
+    codec_tile: tuple[int, int] | None
+    """Rows and columns of latent positions of a tile that a DC-AE codes at once, at most the picture's; None if there is none to count."""
     codec_counted: bool
     """False if there is a DC-AE that is not on this machine, so that nothing of it is in here."""
     budget_bytes: int
@@ -67,6 +74,17 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """Most bytes held at once."""
         return self.weight_bytes + max(self.network_bytes, self.picture_bytes, self.codec_bytes)
+
+    @property
+    def parts(self) -> str:
+        """What `peak_bytes` is made of, in words: the weights, and the largest of what is held beside them, one after the other."""
+        codec = f", {shown_bytes(self.codec_weight_bytes)} of them the codec's," if self.codec_bytes else ""
+        largest = f"network {shown_bytes(self.network_bytes)}, picture {shown_bytes(self.picture_bytes)}"
+        if self.codec_tile is not None:
+            shape = "whole" if self.codec_tile == self.tiling.grid else f"in tiles of {self.codec_tile[1]} x {self.codec_tile[0]}"
+            largest += f", codec {shown_bytes(self.codec_bytes)} {shape}"
+        missing = "" if self.codec_counted else "; the DC-AE is not here and not counted"
+        return f"weights {shown_bytes(self.weight_bytes)}{codec} and the largest of {largest}{missing}"
 
     @property
     def num_tokens(self) -> int:
@@ -198,14 +216,16 @@ class MemoryModel:
         fitting = next((plan for plan in plans if plan.peak_bytes <= budget_bytes), None)
         if fitting is not None:
             return fitting
-        least = min(plans, key=lambda plan: plan.peak_bytes)
+        # Where picture or codec decide, every tile takes as much: the smallest shows that tiles do not help.
+        least = min(plans, key=lambda plan: (plan.peak_bytes, plan.network_bytes))
         if tile is not None and residency is not None:
             return least
-        codec = f", codec at work {least.codec_bytes / 1e9:.2f}; {least.codec_weight_bytes / 1e9:.2f} of the weights are its"
+        shape = "whole" if least.tile is None else f"in tiles of {least.tile}"
+        codec_tile = self._fitting_codec_tile(least)
+        advice = "" if codec_tile is None else f", --codec-tile {codec_tile}, which changes the picture,"
         raise PictureTooLarge(
-            f"memory: got {budget_bytes / 1e9:.2f} GB; expected {least.peak_bytes / 1e9:.2f} GB for {grid[1]} x {grid[0]} tokens in tiles "
-            f"of {max(least.tiling.side)} (weights {least.weight_bytes / 1e9:.2f}, network {least.network_bytes / 1e9:.2f}, picture "
-            f"{least.picture_bytes / 1e9:.2f}{codec if self.codec else ''}); fix: a smaller picture, or --memory GB if more is there"
+            f"memory: got {shown_bytes(budget_bytes)}; expected {shown_bytes(least.peak_bytes)} for {grid[1]} x {grid[0]} tokens {shape} "
+            f"({least.parts}); fix: a smaller picture{advice or ','} or --memory GB if more is there"
         )
 
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
@@ -217,6 +237,16 @@ class MemoryModel:
         while side > 0 and max(self.network(whole((side, side))), self.coding((side, side))) > room:
             side -= 1
         return side * self.config.codec.factor
+
+    def _fitting_codec_tile(self, plan: MemoryPlan) -> int | None:
+        """Return the largest tile of the codec with which a plan would fit that its codec makes too large; None if none does."""
+        if self.codec is None:
+            return None
+        for tile in range(self.codec.tile - 1, SMALLEST_CODEC_TILE - 1, -1):
+            coding = replace(self, codec=replace(self.codec, tile=tile)).coding(plan.tiling.grid)
+            if plan.weight_bytes + max(plan.network_bytes, plan.picture_bytes, coding) <= plan.budget_bytes:
+                return tile
+        return None
 
     @property
     def _codec_weights(self) -> int:
@@ -237,6 +267,7 @@ class MemoryModel:
             picture_bytes=self.picture(tiling.grid, colour_fix),
             codec_weight_bytes=self._codec_weights,
             codec_bytes=self.coding(tiling.grid),
+            codec_tile=None if self.codec is None else tile_size(tiling.grid, self.codec.tile),
             codec_counted=self.codec is not None or self.config.codec.kind != "dc-ae",
             budget_bytes=budget_bytes,
         )
@@ -249,6 +280,11 @@ class MemoryModel:
             side = max(MIN_SIDE, side * 7 // 8)
             found.append(cut(grid, side))
         return found
+
+
+def shown_bytes(count: int) -> str:
+    """Return bytes as a person reads them: GB of 1e9 bytes, or MB where that would be 0.0 and something."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def free_bytes(device: torch.device) -> int:

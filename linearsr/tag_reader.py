@@ -8,7 +8,7 @@ from torch import Tensor
 from linearsr.captions import Captions
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import TagsConfig, TextSource
-from linearsr.tags import encode_tags, prompt_of
+from linearsr.tags import encode_tags, prompt_at_inference
 from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 
 
@@ -37,9 +37,10 @@ class TagReader:
         text = self._captions.text
         if text is None:
             return torch.from_numpy(encode_tags(tags, self._captions.tags)).expand(count, -1).to(self._device)
-        if not prompt_of(tags):
+        prompt = prompt_at_inference(tags, text.encoder.suffix)
+        if not prompt:
             return self.null(count)
-        embedding = self._encoder_of(text).encode([prompt_of(tags, text.encoder.suffix)])
+        embedding = self._encoder_of(text).encode([prompt])
         return TextEmbedding(*(part.expand(count, *part.shape[1:]).to(self._device) for part in (embedding.values, embedding.mask)))
 
     def _encoder_of(self, text: TextSource) -> TextEncoder:

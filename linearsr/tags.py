@@ -17,13 +17,15 @@ class Caption:
     tags: Sequence[str] = ()
     """What the photograph shows."""
     tags_lr: Sequence[str] | None = None
-    """What a tagger sees in its LR image; None if nobody asked one."""
+    """What a tagger sees in an LR image of it, seldom the very one that the sample is degraded to; None if nobody asked one."""
     text: NDArray[np.float16] | None = None
     """Embedding (tokens, width) of the prompt of `tags`."""
     text_lr: NDArray[np.float16] | None = None
     """The same of `tags_lr`."""
     encoder: str = ""
     """Digest of the text encoder that made the embeddings."""
+    suffix: str = ""
+    """Words that the prompts of the embeddings end with, as at inference; samples that are trained on have none."""
 
 
 def normalise_tag(tag: str) -> str:
@@ -61,3 +63,8 @@ def prompt_of(tags: Sequence[str], suffix: str = "") -> str:
     Source: SeeSR (arXiv 2311.16518), test_seesr.py; method.md 2.9.
     """
     return ", ".join(dict.fromkeys(filter(None, [*map(normalise_tag, tags), suffix.strip()])))
+
+
+def prompt_at_inference(tags: Sequence[str], suffix: str) -> str:
+    """Return the prompt that a picture is restored with: tags and suffix, or without tags the null prompt "", which has no suffix."""
+    return prompt_of(tags, suffix) if prompt_of(tags) else ""

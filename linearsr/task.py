@@ -120,7 +120,7 @@ class SuperResolutionTask:
     def validation_example(self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, crop_px: int, index: int) -> dict[str, Array]:
         """Make the `index`-th validation example: a plain crop, degradation and `noise`, the same at every call."""
         rng = np.random.default_rng([self.config.seed, index])
-        example = self._example(augment(image, crop_px, PLAIN, rng), tags, rng)
+        example = self._example(augment(image, crop_px, PLAIN, rng), tags, rng, at_inference=True)
         codec = self.config.model.codec
         side = crop_px // codec.factor
         example["noise"] = rng.standard_normal((codec.latent_channels, side, side), dtype=np.float32)
@@ -143,10 +143,12 @@ class SuperResolutionTask:
         weights = self._space.loss_weights().to(error.device)
         return (weights * error.square()).mean(), {}
 
-    def _example(self, crop: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator) -> dict[str, Array]:
+    def _example(
+        self, crop: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator, *, at_inference: bool = False
+    ) -> dict[str, Array]:
         hr, lr = degrade_pair(crop, self.config.model.scale, self.config.degradation, rng)
         planes = {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in (("hr", hr), ("lr", lr))}
-        return {**planes, **self.captions.example(tags)}
+        return {**planes, **self.captions.example(tags, at_inference=at_inference)}
 
     @torch.no_grad()
     def validate(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

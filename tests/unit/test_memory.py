@@ -22,7 +22,7 @@ from linearsr.memory import MemoryModel, PictureTooLarge, free_bytes
 from linearsr.model import SuperResolver
 from linearsr.residency import expert_parameters
 from linearsr.upscaler import Upscaler
-from linearsr_platform.stages.upscaling import describe
+from linearsr_platform.stages.upscaling import Outcome, describe
 
 
 def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", blocks=2, kind="euler", codec=None):
@@ -123,8 +123,33 @@ def test_sanas_codec_makes_a_picture_that_would_fit_go_in_tiles_or_not_at_all():
     tight = without.plan(size, 10**12, residency="one", tile=16).peak_bytes
     assert without.plan(size, tight).tile is not None
     weights, work = codec.weight_bytes / 1e9, plan.codec_bytes / 1e9
-    with pytest.raises(PictureTooLarge, match=rf"codec at work {work:.2f}; {weights:.2f} of the weights are its\); fix:"):
+    with pytest.raises(
+        PictureTooLarge,
+        match=rf"tokens in tiles of 16 \(.*, {weights:.2f} GB of them the codec's, .*, codec {work:.2f} GB in tiles of 31 x 31\)",
+    ):
         counted.plan(size, tight)
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0.05, True), (0.99, False)])
+def test_a_picture_that_the_codec_makes_too_large_is_refused_with_the_largest_tile_of_it_that_fits(missing, fits):
+    config = ModelConfig(codec=CodecConfig(kind="dc-ae", factor=32, source="dc-ae"), backbone=BACKBONES["sana-1600m"], prior="lr")
+    codec = CodecMemory.counted(SANA, config.codec.tile)
+    model = MemoryModel(config=config, num_experts=4, expert_parameters=1_605_000_000, dtype_bytes=4, codec=codec)
+    size = (1536, 1536)
+    least = model.plan(size, 10**12, residency="one", tile=16)
+    assert least.codec_bytes > max(least.network_bytes, least.picture_bytes)
+    budget = least.peak_bytes - int(missing * least.codec_bytes)
+    with pytest.raises(PictureTooLarge) as caught:
+        model.plan(size, budget)
+    advised = re.search(r"a smaller picture, --codec-tile (\d+), which changes the picture, or --memory", str(caught.value))
+    assert (advised is not None) == fits
+    if advised is None:
+        assert "a smaller picture, or --memory" in str(caught.value)
+        return
+    tile = int(advised[1])
+    assert replace(model, codec=replace(codec, tile=tile)).plan(size, budget).codec_tile < least.codec_tile
+    with pytest.raises(PictureTooLarge):
+        replace(model, codec=replace(codec, tile=tile + 1)).plan(size, budget)
 
 
 @pytest.mark.parametrize("budget", [6 * 10**6, 20 * 10**6, 80 * 10**6])
@@ -146,8 +171,14 @@ def test_a_dc_ae_that_is_not_there_is_not_counted_and_the_plan_says_so(tmp_path)
     assert (counted.codec_counted, plan.codec_counted) == (True, False)
     assert (plan.codec_bytes, plan.codec_weight_bytes) == (0, 0)
     assert plan.weight_bytes == counted.weight_bytes - counted.codec_weight_bytes
-    assert re.search(r"\(weights 0\.00 with the codec's 0\.00, codec at work 0\.0[1-9]\)$", describe(counted))
-    assert describe(plan).endswith("(weights 0.00; the DC-AE is not here and not counted)")
+    assert re.search(
+        r"\(weights .* MB, 0\.9 MB of them the codec's, and the largest of network .* MB, codec 9\.6 MB whole\)$", describe(counted)
+    )
+    assert re.search(r"\(weights .* MB and the largest of .* MB; the DC-AE is not here and not counted\)$", describe(plan))
+    told, without = (Outcome("a.png", "b.png", "planned", memory=one).as_json() for one in (counted, plan))
+    names = ("codec_weight_bytes", "codec_bytes", "codec_tile", "codec_counted")
+    assert [told[name] for name in names] == [counted.codec_weight_bytes, counted.codec_bytes, [8, 8], True]
+    assert [without[name] for name in names] == [0, 0, None, False]
     with pytest.raises(CodecError, match=r"codec\.source: got '.*dcae'; expected a local folder"):
         Upscaler(bundle)
 
@@ -163,8 +194,8 @@ def test_memory_decides_between_whole_one_expert_at_a_time_and_tiles(tmp_path):
     assert cut_up.tiling.num_tiles > 1
     assert cut_up.peak_bytes <= cut_up.budget_bytes
     assert model.plan(size, 10**12, tile=32).tile == 32
-    with pytest.raises(PictureTooLarge, match=r"got 0\.00 GB; expected .* in tiles of [0-9]+"):
-        model.plan(size, 1000)
+    with pytest.raises(PictureTooLarge, match=r"got 0\.1 MB; expected .* MB for \d+ x \d+ tokens in tiles of 16 \(weights .* MB and"):
+        model.plan(size, 100_000)
 
 
 def test_the_largest_whole_picture_fits_and_a_larger_one_does_not(tmp_path):

@@ -317,8 +317,8 @@ def test_each_protocol_has_its_table_with_intervals_count_and_hashes():
     told = text_of(html)
     assert "Under osediff, with 95 % intervals" in told
     assert "24.31 23.90 \u2026 24.80" in told
-    assert "osediff: 8 bit; border 0 px cut. 12 images, test set fedcba987654, weights LPIPS 0123456789ab." in told
+    assert "osediff: 8 bit; border 0 px cut. 12 images; test set fedcba987654; weights LPIPS 0123456789ab." in told
     assert "Under" not in text_of(render_report(report(), []))
-    read = "tags of the LR image: 2 of 3"
+    read = "tags told: of an LR image for 2 of 3 (aef2749e4dcd), of the original for 1 of 3"
     told = text_of(render_report(report(protocols=(scores,), test_set="fedcba9876543210", tags_read=read), []))
-    assert f"12 images, test set fedcba987654, {read}, weights LPIPS 0123456789ab." in told
+    assert f"12 images; test set fedcba987654; {read}; weights LPIPS 0123456789ab." in told

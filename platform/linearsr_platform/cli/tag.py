@@ -41,7 +41,14 @@ def tag(
         float | None, typer.Option(min=0, max=1, help="Least confidence; default: the tagger's own.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Most tags of a photograph.")] = 5,
-    lr: Annotated[bool, typer.Option("--lr", help="Degrade each photograph first and write its tags as `tags_lr`.")] = False,
+    lr: Annotated[
+        bool,
+        typer.Option(
+            "--lr",
+            help="Degrade each photograph first and write its tags as `tags_lr`: one draw by the file's name, not those that training, "
+            "validation and evaluation degrade it by.",
+        ),
+    ] = False,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Recipe whose scale and degradation --lr takes.", show_default=False)
     ] = None,

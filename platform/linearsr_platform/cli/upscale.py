@@ -42,6 +42,13 @@ TextEncoder = Annotated[
     str | None, typer.Option(metavar="DIR", help="Text encoder of a model that reads tags; default: where it was.", show_default=False)
 ]
 Codec = Annotated[str | None, typer.Option(metavar="DIR", help="DC-AE of a model that has one; default: where it was.", show_default=False)]
+CodecTile = Annotated[
+    int | None,
+    typer.Option(
+        metavar="POSITIONS", min=4, show_default=False,
+        help="Side of a DC-AE's tiles, 32 px a position; default: the model's. Smaller ones take less memory and change the picture more.",
+    ),
+]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same picture.")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, ...; `auto` is CUDA where there is one.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory to use; default: most of what is free.", show_default=False)]
@@ -94,6 +101,7 @@ def upscale(
     tags: Tags = "",
     text_encoder: TextEncoder = None,
     codec: Codec = None,
+    codec_tile: CodecTile = None,
     seed: Seed = 0,
     device: Device = "auto",
     memory: Memory = None,
@@ -111,8 +119,7 @@ def upscale(
     verbose: Verbose = False,
 ) -> None:
     """Enlarge an image, or every image of a folder, a glob or a shard. Interrupted, the same command does the rest."""
-    _check_choices(estimate=estimate, colour_fix=colour_fix, residency=residency, memory=memory)
-    _require_target(target, plan=plan)
+    _check_choices(target, plan=plan, estimate=estimate, colour_fix=colour_fix, residency=residency, memory=memory)
     from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
     from linearsr_platform.cli.upscale_where import Asked, Here, Spread, show
 
@@ -121,12 +128,11 @@ def upscale(
     from linearsr_platform.stages.picture_work import find_work
 
     tell_warnings(UnvisitedExpertWarning)
-    spread = address is not None or workers is not None
     pool = Spread(address, workers, threads or 1, gpus_per_worker, tuple(secrets or ()), verbose)
-    pool.prepare(plan=plan, timings=timings) if spread else pool.refuse_alone()
+    pool.refuse_alone() if pool.alone else pool.prepare(plan=plan, timings=timings)
     work = find_work(source, target)
     asked = Asked(
-        open=lambda at, encoder: load(model, storage, tracking_uri, codec=at, text_encoder=encoder),
+        open=lambda at, encoder: load(model, storage, tracking_uri, codec=at, text_encoder=encoder, codec_tile=codec_tile),
         codec=codec,
         text_encoder=text_encoder,
         request=_request(scale, size, longest, steps=steps, estimate=estimate, colour_fix=colour_fix, tags=tags, seed=seed),
@@ -134,30 +140,36 @@ def upscale(
         memory_gb=memory,
         residency=None if residency == "auto" else residency,  # type: ignore[arg-type]
         tile=tile,
+        codec_tile=codec_tile,
     )
-    place = pool.over(asked, work) if spread else Here(asked, threads, plan=plan, measured=timings or as_json)
+    place = Here(asked, threads, plan=plan, measured=timings or as_json) if pool.alone else pool.over(asked, work)
     outcomes = show(work, place.do, skip=not (overwrite or plan), as_json=as_json)
     _report(outcomes, place, timings=timings and not plan, as_json=as_json)
     _raise_failures(outcomes, work)
 
 
-def load(model: str, storage_root: str, tracking_uri: str | None, *, text_encoder: str | None = None, codec: str | None = None) -> "Bundle":
+def load(
+    model: str,
+    storage_root: str,
+    tracking_uri: str | None,
+    *,
+    text_encoder: str | None = None,
+    codec: str | None = None,
+    codec_tile: int | None = None,
+) -> "Bundle":
     """Return the bundle that `model` names, checked against its hashes, with text encoder and DC-AE where they are here."""
     from linearsr_platform.registry.models import resolve
     from linearsr_platform.stages.upscaling import open_bundle
 
-    return open_bundle(resolve(model, lambda: existing_store(storage_root, tracking_uri)), codec, text_encoder)
+    return open_bundle(resolve(model, lambda: existing_store(storage_root, tracking_uri)), codec, text_encoder, codec_tile)
 
 
-def _check_choices(*, estimate: str, colour_fix: str, residency: str, memory: float | None) -> None:
+def _check_choices(target: str | None, *, plan: bool, estimate: str, colour_fix: str, residency: str, memory: float | None) -> None:
     if memory is not None and memory <= 0:
         raise UserError(f"--memory: got {memory}; expected gigabytes above 0")
     _check("--estimate", estimate, ("routed", "one_step"))
     _check("--colour-fix", colour_fix, ("wavelet", "adain", "none"))
     _check("--residency", residency, ("auto", "all", "one"))
-
-
-def _require_target(target: str | None, *, plan: bool) -> None:
     if target is None and not plan:
         raise UserError("upscale: got no OUT; expected a file or folder to write; fix: name it, or say --plan")
 

@@ -48,6 +48,7 @@ class Asked:
     memory_gb: float | None
     residency: Residency | None
     tile: int | None
+    codec_tile: int | None
 
 
 class Here:
@@ -87,6 +88,11 @@ class Spread:
     gpus: float
     secrets: tuple[str, ...]
     verbose: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody asked for workers, so that this process does the work."""
+        return self.address is None and self.workers is None
 
     def refuse_alone(self) -> None:
         """Refuse options of workers where there are none.
@@ -181,6 +187,7 @@ class Pool:
                 memory_gb=asked.memory_gb,
                 residency=asked.residency,
                 tile=asked.tile,
+                codec_tile=asked.codec_tile,
                 cpus=float(spread.threads),
                 gpus=spread.gpus,
             )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from linearsr.codec import Codec, make_codec
 from linearsr.codec_source import verify_codec
 from linearsr.config import CodecConfig, TextEncoderConfig, TextSource
-from linearsr.tags import prompt_of
+from linearsr.tags import prompt_at_inference
 from linearsr.text import TextEncoder, make_encoder
 from linearsr_platform.data.images import Pixels
 from linearsr_platform.data.manifest import LatentSource
@@ -28,13 +28,13 @@ class TextCache:
     known: dict[str, NDArray[np.float16]]
     """Embeddings (tokens, width) so far, by prompt."""
 
-    def embed(self, tags: Sequence[str]) -> NDArray[np.float16]:
-        """Return the embedding (tokens, width) of the prompt of tags.
+    def embed(self, tags: Sequence[str], suffix: str = "") -> NDArray[np.float16]:
+        """Return the embedding (tokens, width) of the prompt of tags, at inference with the encoder's suffix.
 
         Raises:
             UserError: if it does not fit into float16.
         """
-        prompt = prompt_of(tags)
+        prompt = prompt_at_inference(tags, suffix)
         if prompt not in self.known:
             with one_thread():
                 embedding = self.encoder.encode([prompt])

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from fsspec import AbstractFileSystem
 from pydantic import TypeAdapter, ValidationError
 
-from linearsr.config import TextSource
+from linearsr.config import TextEncoderConfig, TextSource
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
 
 VERSION = 1
 """Version of the layout of `manifest.json` and of the shards."""
 FILE = "manifest.json"
+VALIDATION = "validation"
+"""The split whose pictures are restored during training, and that is never trained on."""
 CHUNK_BYTES = 1 << 20
 
 
@@ -114,6 +116,14 @@ class Manifest:
             filled = [name for name, info in self.splits.items() if info.shards]
             raise UserError(f"{storage.join(url, FILE)}: got split {split!r}; expected one with samples: {', '.join(filled)}")
         return tuple(storage.join(url, shard.url) for shard in self.splits[split].shards)
+
+
+def prompt_suffix(encoder: TextEncoderConfig, split: str) -> str:
+    """Return what the embedded prompts of a split end with: the encoder's suffix where pictures are restored, nothing in training.
+
+    Source: SeeSR (arXiv 2311.16518), test_seesr.py; method.md 2.9.
+    """
+    return encoder.suffix if split == VALIDATION else ""
 
 
 def write_manifest(manifest: Manifest, url: str) -> None:

@@ -183,6 +183,7 @@ def caption_of(meta: Mapping[str, object]) -> list[str] | Caption:
         text=text,
         text_lr=text_lr,
         encoder=str(meta.get("text_encoder", "")),
+        suffix=str(meta.get("text_suffix", "")),
     )
 
 

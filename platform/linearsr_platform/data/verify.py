@@ -12,7 +12,7 @@ import numpy as np
 from linearsr_platform import storage
 from linearsr_platform.data.executor import OnProgress
 from linearsr_platform.data.images import BadImageError, Pixels, decode_stored
-from linearsr_platform.data.manifest import Manifest, ShardInfo, file_hash
+from linearsr_platform.data.manifest import Manifest, ShardInfo, file_hash, prompt_suffix
 from linearsr_platform.data.picture_shards import Members, read_members
 from linearsr_platform.errors import StageError
 
@@ -124,7 +124,7 @@ def _sample(manifest: Manifest, split: str, key: str, members: Members, where: s
     said = (meta.get("width_px"), meta.get("height_px"))
     if said != (pixels.shape[1], pixels.shape[0]):
         yield f"got {pixels.shape[1]}x{pixels.shape[0]} px; expected {said[0]}x{said[1]}, as its json says"
-    yield from _arrays(manifest, members, meta, pixels)
+    yield from _arrays(manifest, split, members, meta, pixels)
     yield from _leaks(split, str(meta.get("file")), pixels, where, seen)
 
 
@@ -148,12 +148,15 @@ def _tags(manifest: Manifest, split: str, meta: Mapping[str, Any]) -> Iterator[s
                 yield f"got tags {', '.join(unknown)}; expected words of the manifest's vocabulary"
 
 
-def _arrays(manifest: Manifest, members: Members, meta: Mapping[str, Any], pixels: Pixels) -> Iterator[str]:
+def _arrays(manifest: Manifest, split: str, members: Members, meta: Mapping[str, Any], pixels: Pixels) -> Iterator[str]:
     """Yield what is wrong with the embeddings and the latent of a sample."""
     expected: dict[str, tuple[str, str, str]] = {}
     if manifest.text is not None:
         for name in ("text", "text_lr") if "tags_lr" in meta else ("text",):
             expected[name] = ("text_encoder", manifest.text.digest, f"(1 to {manifest.text.encoder.max_tokens}, {manifest.text.width})")
+        suffix = prompt_suffix(manifest.text.encoder, split)
+        if meta.get("text_suffix", "") != suffix:
+            yield f"got text_suffix {meta.get('text_suffix')!r}; expected {suffix!r}, as the manifest says"
     if manifest.latents is not None:
         height, width = (side // manifest.latents.factor for side in pixels.shape[:2])
         expected["latent"] = ("latent_codec", manifest.latents.codec, f"({manifest.latents.channels}, {height}, {width})")

@@ -14,7 +14,7 @@ from linearsr_platform import storage
 from linearsr_platform.data.executor import Choose
 from linearsr_platform.data.extras import LatentMaker, TextCache
 from linearsr_platform.data.images import BadImageError, decode_image
-from linearsr_platform.data.manifest import ShardInfo, SplitInfo
+from linearsr_platform.data.manifest import ShardInfo, SplitInfo, prompt_suffix
 from linearsr_platform.data.plan import Cut, load_bytes, pixels_hash
 from linearsr_platform.data.records import folder_of, read_records, write_record
 from linearsr_platform.data.shards import Sample, write_shard
@@ -42,12 +42,17 @@ class Content:
     latents: LatentMaker | None = None
     """Encodes pictures; None writes no latents."""
 
-    def identity(self) -> list[object]:
+    def suffix(self, split: str) -> str:
+        """Return what the embedded prompts of a split end with."""
+        return "" if self.text is None else prompt_suffix(self.text.config, split)
+
+    def identity(self, split: str) -> list[object]:
         """Return it as JSON."""
         text = None if self.text is None else self.text.encoder.digest
         latents = None if self.latents is None else self.latents.digest
         halved = {name: source.halve_jpeg for name, source in self.config.sources.items()}
-        return [LAYOUT, self.config.keep_jpeg, halved, text, latents]
+        suffix = self.suffix(split)
+        return [LAYOUT, self.config.keep_jpeg, halved, text, latents, *([suffix] if suffix else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def plan_shards(split: str, cuts: Sequence[Cut], content: Content, min_shards: i
     plans = []
     for number in range(count):
         dealt = tuple(cuts[number::count])
-        plans.append(Plan(split, number, dealt, stable_hash([content.identity(), [_identity(cut) for cut in dealt]])))
+        plans.append(Plan(split, number, dealt, stable_hash([content.identity(split), [_identity(cut) for cut in dealt]])))
     return plans
 
 
@@ -104,13 +109,13 @@ def write_shards(plans: Sequence[Plan], content: Content, output_url: str, choos
 
 def write_plan(plan: Plan, *, content: Content, output_url: str) -> ShardInfo:
     """Write one shard and then its record."""
-    info = write_shard(storage.join(output_url, plan.split), plan.file, (make_sample(cut, content) for cut in plan.cuts))
+    info = write_shard(storage.join(output_url, plan.split), plan.file, (make_sample(cut, content, plan.split) for cut in plan.cuts))
     write_record(folder_of(output_url), _record_name(plan), {"digest": plan.digest, "shard": asdict(info)})
     return info
 
 
-def make_sample(cut: Cut, content: Content) -> Sample:
-    """Read the photograph of a cut again and cut it out.
+def make_sample(cut: Cut, content: Content, split: str) -> Sample:
+    """Read the photograph of a cut again and cut it out, for one split.
 
     Raises:
         PhotoChangedError: if it is not what it was when it was checked.
@@ -140,9 +145,12 @@ def make_sample(cut: Cut, content: Content) -> Sample:
     arrays: dict[str, NDArray[np.generic]] = {}
     if content.text is not None:
         meta["text_encoder"] = content.text.encoder.digest
-        arrays["text"] = content.text.embed(label.tags)
+        suffix = content.suffix(split)
+        if suffix:
+            meta["text_suffix"] = suffix
+        arrays["text"] = content.text.embed(label.tags, suffix)
         if label.tags_lr is not None:
-            arrays["text_lr"] = content.text.embed(label.tags_lr)
+            arrays["text_lr"] = content.text.embed(label.tags_lr, suffix)
     if content.latents is not None:
         meta["latent_codec"] = content.latents.digest
         arrays["latent"] = content.latents.encode(pixels)

@@ -61,7 +61,7 @@ def _under(data: ReportData, scores: ProtocolScores) -> Markup:
         "details",
         element("summary", f"Under {scores.name}, with 95 % intervals"),
         element("div", element("table", head, element("tbody", *rows), class_="scores reaches"), class_="scroll"),
-        element("p", f"{scores.about}. {', '.join(facts)}.", class_="note"),
+        element("p", f"{scores.about}. {'; '.join(facts)}.", class_="note"),
         open=True,
     )
 

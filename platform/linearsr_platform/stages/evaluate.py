@@ -15,7 +15,7 @@ from linearsr_platform.data.reader import read_images
 from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput
-from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of, tags_read
+from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of, tags_read, tags_told
 from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
 from linearsr_platform.stages.prepare import shards_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -61,7 +61,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         "tables": {name: table.to_plain(with_values=True, strict=True) for name, table in tables.items()},
         "sweep": _sweep(context, measured, tables),
         "names": [photograph.name for photograph in photographs],
-        "tags": tags_read(measured),
+        "tags": tags_told(photographs, measured),
     }
     tracked.log_dict(data, "evaluation.json")
     return StageOutput(_headline(next(iter(tables.values())).rows, context.recipe.evaluate.perceptual), data)
@@ -79,7 +79,8 @@ def comparable(*, scale: int | None, degradation: object, seed: int, measured: S
 def held_out(context: RunContext) -> list[Photograph]:
     """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own.
 
-    Their tags are those of the LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
+    Their tags are those of an LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
+    It is not the LR image made here: `tag --lr` degrades by the file's name, this by the place in the split, unknown before `prepare`.
 
     Raises:
         UserError: if two of them have the same name.

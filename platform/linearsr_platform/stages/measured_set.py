@@ -149,9 +149,16 @@ def test_set_hash(measured: Sequence[Measured]) -> str:
 
 def tags_read(measured: Sequence[Measured]) -> str:
     """Say of how many pictures a model read tags of the LR image, with their hash; of the others it read the original's, if any."""
-    read = sorted((one.digest, one.lr_tags) for one in measured if one.lr_tags is not None)
-    told = f"of the LR image: {len(read)} of {len(measured)}"
-    return f"{told}, {stable_hash(read)[:12]}" if read else told
+    told = f"of the LR image: {sum(one.lr_tags is not None for one in measured)} of {len(measured)}"
+    return ", ".join([told, *_lr_tags_hash(measured)])
+
+
+def tags_told(photographs: Sequence[Photograph], measured: Sequence[Measured]) -> str:
+    """Say to a reader whose tags a model was told, of how many pictures each: `tags_read` is to be equal, and leaves some out."""
+    whose = ["of an LR image" if one.tags_of_lr else "of the original" if one.tags else "none" for one in photographs]
+    kinds = {"of an LR image": "".join(f" ({found})" for found in _lr_tags_hash(measured)), "of the original": "", "none": ""}
+    parts = [f"{kind} for {whose.count(kind)} of {len(whose)}{told}" for kind, told in kinds.items() if kind in whose]
+    return f"told: {', '.join(parts)}"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -163,6 +170,12 @@ def check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise UserError(f"test set: got {names.count(twice[0])} pictures named {twice[0]!r}; expected names that differ; fix: rename one")
+
+
+def _lr_tags_hash(measured: Sequence[Measured]) -> list[str]:
+    """Return the hash of the tags of LR images that were read; nothing if there were none."""
+    read = sorted((one.digest, one.lr_tags) for one in measured if one.lr_tags is not None)
+    return [stable_hash(read)[:12]] if read else []
 
 
 def _fid(protocol: str, row: str, measured: Sequence[Measured]) -> float:

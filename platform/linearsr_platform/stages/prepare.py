@@ -36,6 +36,7 @@ def settings(context: RecipeContext) -> object:
     text = context.recipe.model.text
     # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.
     found |= {} if text is None else {"text": _digest(text)}
+    found |= {"text_suffix": text.suffix} if text is not None and text.suffix else {}
     found |= {"codec": codec_digest(context.codec)} if data.latents else {}
     return found | ({"tags_lr": True} if context.recipe.model.tags_from_lr else {})
 

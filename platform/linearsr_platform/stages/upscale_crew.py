@@ -48,6 +48,8 @@ class Enlarger:
     """Folder of the DC-AE on the workers."""
     text_encoder: str | None = None
     """Folder of the text encoder on the workers."""
+    codec_tile: int | None = None
+    """Latent positions along a side of the DC-AE's tiles; None takes the bundle's."""
     device: str = "auto"
     memory_gb: float | None = None
     """Of one worker; None takes its share of what is free."""
@@ -63,7 +65,7 @@ class Enlarger:
         Raises:
             UserError: if something is missing on this machine.
         """
-        bundle = open_bundle(self.bundle.unpack(), self.codec, self.text_encoder)
+        bundle = open_bundle(self.bundle.unpack(), self.codec, self.text_encoder, self.codec_tile)
         share = self.gpus if self.gpus else self.cpus / (os.cpu_count() or 1)
         cuts = self.memory_gb is not None
         machine = machine_here(self.device, self.memory_gb, self.residency, self.tile, share=min(1.0, share), cuts=cuts)

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from linearsr.bundle import Bundle, BundleError, load_bundle, with_text_encoder
+from linearsr.bundle import Bundle, BundleError, load_bundle, with_codec_tile, with_text_encoder
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
-from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes
+from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes, shown_bytes
 from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
 from linearsr.pictures import Picture, PictureError, decode_picture
 from linearsr.residency import Residency
@@ -58,13 +58,17 @@ class Outcome:
     memory: MemoryPlan | None = None
 
     def as_json(self) -> dict[str, object]:
-        """Return it JSON-able."""
+        """Return it JSON-able; `codec_tile` is columns and rows of latents, null where no DC-AE is counted."""
         facts: dict[str, object] = {"source": self.source, "target": self.target, "status": self.status, "notes": list(self.notes)}
         if self.sizes is not None:
             facts |= {"width_px": self.sizes.output[0], "height_px": self.sizes.output[1]}
         if self.memory is not None:
             facts |= {"tokens": self.memory.num_tokens, "tiles": self.memory.tiling.num_tiles, "residency": self.memory.residency}
             facts |= {"memory_bytes": self.memory.peak_bytes, "memory_limit_bytes": self.memory.budget_bytes}
+            facts |= {"codec_weight_bytes": self.memory.codec_weight_bytes, "codec_bytes": self.memory.codec_bytes}
+            facts |= {"codec_counted": self.memory.codec_counted, "codec_tile": None}
+            if self.memory.codec_tile is not None:
+                facts["codec_tile"] = list(reversed(self.memory.codec_tile))
         return facts
 
     def lines(self) -> Iterator[str]:
@@ -178,7 +182,7 @@ class UpscaleRun:
         )
         if plan.tile is not None and machine.tile is None and not machine.cuts:
             raise PictureTooLarge(
-                f"memory: got {machine.memory_bytes / 1e9:.2f} GB for a worker; expected enough for {_size(picture.size)} px whole: in "
+                f"memory: got {shown_bytes(machine.memory_bytes)} for a worker; expected enough for {_size(picture.size)} px whole: in "
                 "tiles it would depend on how much a worker has; fix: --memory GB or --tile TOKENS, the same for all, or larger workers"
             )
         return sizes, plan
@@ -238,14 +242,20 @@ def machine_here(
     return Machine(chosen, memory_bytes, residency, tile, cuts)
 
 
-def open_bundle(folder: Path, codec: str | None, text_encoder: str | None) -> Bundle:
+def open_bundle(folder: Path, codec: str | None, text_encoder: str | None, codec_tile: int | None) -> Bundle:
     """Return a bundle, checked against its hashes, with text encoder and DC-AE where they are on this machine.
+
+    Args:
+        folder: of the bundle.
+        codec, text_encoder: where they are; None is where they were.
+        codec_tile: latent positions along a side of the DC-AE's tiles; None takes the bundle's.
 
     Raises:
         UserError: if something is missing, or is another than it was.
     """
     try:
         bundle = load_bundle(folder, codec_source=codec)
+        bundle = bundle if codec_tile is None else with_codec_tile(bundle, codec_tile)
         return bundle if text_encoder is None else with_text_encoder(bundle, text_encoder)
     except BundleError as error:
         raise UserError(str(error)) from error
@@ -258,13 +268,7 @@ def describe(plan: MemoryPlan) -> str:
     tile = f"{columns} x {rows} tiles of {plan.tiling.side[1]} x {plan.tiling.side[0]}, overlap {plan.tiling.overlap}"
     cut = "whole" if plan.tile is None else tile
     experts = "all experts" if plan.residency == "all" else "one expert at a time"
-    weights = f"weights {plan.weight_bytes / 1e9:.2f}"
-    if plan.codec_bytes:
-        weights += f" with the codec's {plan.codec_weight_bytes / 1e9:.2f}, codec at work {plan.codec_bytes / 1e9:.2f}"
-    elif not plan.codec_counted:
-        weights += "; the DC-AE is not here and not counted"
-    memory = f"{plan.peak_bytes / 1e9:.2f} of {plan.budget_bytes / 1e9:.2f} GB ({weights})"
-    return f"{grid}, {cut}, {experts}, {memory}"
+    return f"{grid}, {cut}, {experts}, {shown_bytes(plan.peak_bytes)} of {shown_bytes(plan.budget_bytes)} ({plan.parts})"
 
 
 def timing_table(stopwatch: Stopwatch) -> str:
