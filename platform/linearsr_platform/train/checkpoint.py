@@ -21,9 +21,9 @@ from linearsr_platform.errors import StageError
 from linearsr_platform.train.checkpoint_file import Shards, Staging, Written, damage, overlaps
 from linearsr_platform.train.checkpoint_store import Found, checkpoint_name, find, names_in, record_file, weights_file
 from linearsr_platform.train.ema import ExponentialAverage
-from linearsr_platform.train.layout import Span
 from linearsr_platform.train.processes import collect, rank, world_size
 from linearsr_platform.train.protocols import BatchSource, Engine
+from linearsr_platform.train.spans import Span
 
 GENERATOR = "generator"
 FAILURES_IN_A_ROW = 5

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from linearsr_platform import storage
-from linearsr_platform.train.layout import Span
+from linearsr_platform.train.spans import Span
 
 CHUNK_BYTES = 2**20
 """Hashed while it is still in the processor's cache from being written."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from linearsr_platform.train.layout import Span, spans
+from linearsr_platform.train.layout import spans
 from linearsr_platform.train.protocols import Engine
+from linearsr_platform.train.spans import Span
 
 
 class ExponentialAverage:

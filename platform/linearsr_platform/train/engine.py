@@ -18,9 +18,10 @@ from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.train import sharding
 from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_config
 from linearsr_platform.train.examination import Journal
-from linearsr_platform.train.layout import Span, layout, spans, untrained_spans
+from linearsr_platform.train.layout import layout, spans, untrained_spans
 from linearsr_platform.train.processes import join_group, rank, world_size
 from linearsr_platform.train.protocols import Batch, Sighting, StepResult, Task
+from linearsr_platform.train.spans import Span
 
 
 class StepModule(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr.tags import Caption
-from linearsr_platform.train.layout import Piece, Span
+from linearsr_platform.train.spans import Piece, Span
 
 Batch = dict[str, Tensor]
 """One micro-batch: name -> (B, ...) tensor."""

@@ -12,6 +12,8 @@ Cases:
     model    a whole network of `--blocks`, the same.
     sampler  20 Euler steps of the whole network from one noise. The caption has 40 tokens: diffusers is given them padded to 300 with a
              mask, as SANA's pipeline does, ours padded to 80; ours projects it once.
+    captions our network with captions of `--captions` tokens absorbed into the projections around them, against the same with queries and
+             softmax attention of their own ("theirs" here), forward + backward, and a sampler's step.
     softmax  our block against the same block with softmax self-attention, forward + backward.
     growth   CPU time and peak memory of our block's forward + backward over `--tokens`, each in a process of its own, and the exponents
              between neighbours.
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearsr.attention import LinearAttention
+from linearsr.attention import CrossAttention, LinearAttention
 from linearsr.backbone import Backbone
 from linearsr.blocks import Block
 from linearsr.conditioning import TextEmbedding
@@ -192,6 +194,33 @@ def run_sampler(width: int, tokens: int, dtype: torch.dtype, repeats: int, block
     compare(f"sampler {blocks} x {width} N={tokens} {str(dtype)[6:]}", run_theirs, run_ours, repeats, note)
 
 
+def run_captions(width: int, tokens: int, dtype: torch.dtype, repeats: int, blocks: int, captions: int) -> None:
+    torch.manual_seed(0)
+    shape = BackboneConfig(width=width, num_blocks=blocks, num_cross_heads=CROSS_HEADS.get(width, 4), caption_width=32)
+    network = Backbone(shape, latent_channels=LATENT, lr_pixels_per_token=1, caption_encoder="text").to(dtype)
+    torch.nn.init.normal_(network.head.weight)
+    height, across = grid_of(tokens)
+    z, t, lr = torch.randn(1, LATENT, height, across).to(dtype), torch.tensor([0.7]), torch.rand(1, 3, height, across).to(dtype)
+    text = TextEmbedding(torch.randn(1, captions, 32).to(dtype), torch.ones(1, captions, dtype=torch.bool))
+    absorbs = CrossAttention.absorbs
+
+    def using(absorbed: bool, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def switched() -> Tensor:
+            CrossAttention.absorbs = absorbs if absorbed else lambda *_: False  # type: ignore[method-assign]
+            return run()
+
+        return switched
+
+    theirs, ours = (using(absorbed, lambda: network(z, t, network.prepare(lr, text))) for absorbed in (False, True))
+    name = f"captions {captions}: {blocks} x {width} N={tokens} {str(dtype)[6:]}"
+    with torch.no_grad():
+        note = check(ours(), theirs(), dtype)
+        prepared = [network.prepare(lr, text, reused=absorbed) for absorbed in (False, True)]
+        CrossAttention.absorbs = lambda *_: False  # type: ignore[method-assign]  # also not inside of a step
+        compare(f"{name} step", lambda: network(z, t, prepared[0]), lambda: network(z, t, prepared[1]), repeats, note)
+    compare(f"{name} forward+backward", lambda: theirs().sum().backward(), lambda: ours().sum().backward(), repeats)
+
+
 def our_block(width: int, tokens: int, dtype: torch.dtype, *, softmax: bool = False) -> Callable[[], None]:
     """Return a forward + backward pass of one of our blocks, with 300 caption tokens."""
     shape = BackboneConfig(width=width, num_blocks=1, num_cross_heads=CROSS_HEADS.get(width, width // 32))
@@ -243,10 +272,11 @@ def run_growth(width: int, all_tokens: list[int], dtype: str, repeats: int) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ours against diffusers' SANA and softmax attention, on one thread of a CPU.")
-    parser.add_argument("case", choices=["block", "model", "sampler", "softmax", "growth", "alone"])
+    parser.add_argument("case", choices=["block", "model", "sampler", "captions", "softmax", "growth", "alone"])
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--captions", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
@@ -259,6 +289,8 @@ def main() -> None:
         arguments = (options.width, tokens, dtype, options.repeats)
         if options.case in ("model", "sampler"):
             {"model": run_model, "sampler": run_sampler}[options.case](*arguments, options.blocks)
+        elif options.case == "captions":
+            run_captions(*arguments, options.blocks, options.captions)
         else:
             {"block": run_block, "softmax": run_softmax, "alone": measure_alone}[options.case](*arguments)
 
