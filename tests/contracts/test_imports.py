@@ -37,7 +37,9 @@ def test_a_light_module_imports_nothing_heavy(module: str, root: Path) -> None:
 def test_deepspeed_comes_into_a_worker_late_and_without_mlflow(root: Path) -> None:
     # A driver never needs DeepSpeed, and MLflow, which DeepSpeed imports if it can, costs each worker 2 s and 130 MB.
     loaded = "print([name for name in ('deepspeed', 'mlflow') if sys.modules.get(name)])"
-    worker = f"from linearsr_platform.cluster.worker import keep_mlflow_out; keep_mlflow_out(); import linearsr_platform.train.engine; {loaded}"
+    worker = (
+        f"from linearsr_platform.cluster.worker import keep_mlflow_out; keep_mlflow_out(); import linearsr_platform.train.engine; {loaded}"
+    )
     done = _python(f"import sys, linearsr_platform.cluster.trainer, linearsr_platform.cluster.sweep; {loaded}; {worker}", root)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[") and line.endswith("]")] == ["[]", "['deepspeed']"]
