@@ -190,7 +190,7 @@ class CrossAttention(nn.Module):
             hidden = ~caption.mask[:, 0].expand(-1, heads, -1).flatten(1)
             score_bias = score_bias.masked_fill(hidden, float("-inf"))
         result = self.out(caption.value.to(wide), use=to_result)
-        return AbsorbedCaption(scores[..., :-1], score_bias, result[:, :-1].transpose(1, 2), result[:, -1], num_tokens)
+        return AbsorbedCaption(scores[..., :-1].contiguous(), score_bias, result[:, :-1].transpose(1, 2), result[:, -1], num_tokens)
 
     def forward(self, x_BNC: Tensor, caption: KeyValue | AbsorbedCaption) -> Tensor:
         """Read captions: (B, N, C) -> (B, N, C).
