@@ -156,13 +156,14 @@ class MemoryModel:
     def captions(self, num_tokens: int) -> int:
         """Return the bytes of a caption as all blocks of one expert read it, at its longest for a picture of `num_tokens`.
 
-        Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32.
+        Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32; halves are absorbed on a CPU alone.
         """
         shape = self.config.backbone
         heads, lengths = shape.num_cross_heads, range(self.caption_tokens, 0, -1)
-        absorbed = next((length for length in lengths if absorption_pays(num_tokens, length, shape.width, heads)), 0)
+        absorbs = not shape.qk_norm and (self.dtype_bytes >= 4 or self.device_type == "cpu")
+        absorbed = next((length for length in lengths if absorbs and absorption_pays(num_tokens, length, shape.width, heads)), 0)
         plain, wide = self.caption_tokens * self.dtype_bytes, heads * absorbed * max(self.dtype_bytes, 4)
-        return 2 * shape.num_blocks * shape.width * max(plain, 0 if shape.qk_norm else wide)
+        return 2 * shape.num_blocks * shape.width * max(plain, wide)
 
     def network(self, tiling: Tiling) -> int:
         """Return the bytes of latents and captions, which cover the picture, and of activations, which cover a tile."""

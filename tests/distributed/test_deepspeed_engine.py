@@ -1,14 +1,12 @@
 """Two worker processes over gloo: they train what one would, resume exactly, also as one and at another stage, and fail together.
 
-The file is also the worker: `python test_deepspeed_engine.py PART FOLDER RANK WORLD_SIZE`.
+The file is also the worker: `python test_deepspeed_engine.py FOLDER RANK WORLD_SIZE PART`.
 """
 
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from process_group import be_worker, run_group
 
 STAGES = (0, 1, 2, 3)
 RESUMED = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
@@ -171,7 +173,8 @@ def copy_checkpoint(source: Path, target: Path, world: int, stage: int) -> None:
     engine.close()
 
 
-def work(part: str, folder: Path, rank: int, world: int) -> None:
+def work(folder: Path, rank: int, world: int, arguments: list[str]) -> None:
+    (part,) = arguments
     results: dict[str, object] = {}
     if part == "all":
         results = work_all(folder, rank, world)
@@ -210,24 +213,7 @@ def work_all(folder: Path, rank: int, world: int) -> dict[str, object]:
 def run_workers(folder: Path, world: int, part: str = "all") -> list[dict[str, dict]]:
     """Run `world` workers to their end and return what each found."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, part, str(folder)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(world)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        output = [worker.communicate(timeout=300)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(output)
+    run_group(__file__, folder, world, [part])
     return [json.loads((folder / f"{part}-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -337,13 +323,4 @@ def test_nothing_is_compiled(two) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    piece, shared, number, total = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{shared}/rendezvous-{piece}", rank=number, world_size=total)
-    work(piece, shared, number, total)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Not through the interpreter's own end: a thread of torch or gloo that asks for the GIL there aborts the process, about once in
-    # thirty pairs on a busy machine. Ray does not end its workers that way either.
-    sys.stdout.flush()
-    os._exit(0)
+    be_worker(work)

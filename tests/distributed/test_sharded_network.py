@@ -4,15 +4,16 @@ The file is also the worker: `python test_sharded_network.py FOLDER RANK WORLD_S
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from process_group import be_worker, run_group
 
 from linearsr.attention import CrossAttention, KeyValue
 from linearsr.config import BackboneConfig, LatentStatistics, ModelConfig, TagsConfig
@@ -53,7 +54,7 @@ def share(step: int, rank: int, world: int) -> dict[str, Tensor]:
     return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
 
 
-def work(folder: Path, rank: int, world: int, stage: int) -> None:
+def work(folder: Path, rank: int, world: int, arguments: list[str]) -> None:
     from linearsr_platform.recipe.train_schema import TrainConfig, ZeroConfig
     from linearsr_platform.train.engine import DeepSpeedEngine
 
@@ -66,7 +67,7 @@ def work(folder: Path, rank: int, world: int, stage: int) -> None:
 
     CrossAttention.absorbs = noted  # type: ignore[method-assign]
     # No parameter is small enough to stay whole on every worker.
-    zero = ZeroConfig(stage=stage, extra={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    zero = ZeroConfig(stage=int(arguments[0]), extra={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
     config = TrainConfig(max_steps=STEPS, batch_size=GLOBAL_BATCH, workers=world, zero=zero)
     engine = DeepSpeedEngine(NetworkTask(), config, seed=0)
     losses = [float(engine.train_step([share(step, rank, world)], lr=1e-3).loss) for step in range(STEPS)]
@@ -76,23 +77,7 @@ def work(folder: Path, rank: int, world: int, stage: int) -> None:
 
 
 def run_workers(folder: Path, world: int, stage: int) -> list[dict]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank), str(world), str(stage)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        output = [worker.communicate(timeout=300)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(output)
+    run_group(__file__, folder, world, [str(stage)])
     return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -107,12 +92,4 @@ def test_two_workers_with_captions_of_other_lengths_learn_what_one_without_shard
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    shared, number, total, at_stage = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    dist.init_process_group("gloo", init_method=f"file://{shared}/rendezvous-{total}", rank=number, world_size=total)
-    work(shared, number, total, at_stage)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Not through the interpreter's own end: a thread of torch or gloo that asks for the GIL there can abort the process.
-    sys.stdout.flush()
-    os._exit(0)
+    be_worker(work)

@@ -213,3 +213,15 @@ def test_parameters_are_counted_from_the_file_and_free_memory_is_a_number_of_byt
         value.numel() for value in SuperResolver(bundle.config, bundle.statistics).state_dict().values()
     )
     assert 10**7 < free_bytes(torch.device("cpu")) < 10**14
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "absorbed"), [("cpu", 4, True), ("cpu", 2, True), ("cuda", 4, True), ("cuda", 2, False)], ids=str
+)
+def test_captions_are_counted_as_blocks_read_them(device, size, absorbed):
+    shape = BACKBONES["sana-1600m"]
+    config = ModelConfig(codec=CodecConfig(factor=4), backbone=shape)
+    model = MemoryModel(config=config, num_experts=1, expert_parameters=0, dtype_bytes=size, device_type=device, caption_tokens=80)
+    each = shape.num_blocks * 2 * 80 * shape.width
+    assert model.captions(1024) == each * (shape.num_cross_heads * 4 if absorbed else size)
+    assert model.captions(64) < each * shape.num_cross_heads * 4
