@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from tiny_bundle import SMALLEST, write_bundle
+from autoencoders import write_autoencoder
+from tiny_bundle import SMALLEST, TINY, write_bundle
 
+from linearsr.config import CodecConfig
 from linearsr_platform.cli.app import app
 from linearsr_platform.registry.evaluation import Evaluation
 from linearsr_platform.registry.models import find_version, read_evaluation
@@ -103,6 +106,28 @@ def test_a_registered_version_gets_its_numbers_and_they_are_comparable(pictures:
     assert json.loads(other.stdout)["tables"]["classic"]["rows"]["routed"] != folder["rows"]["routed"]
 
 
+def test_another_tile_of_a_dc_ae_makes_another_table(tmp_path: Path) -> None:
+    source, models = str(write_autoencoder(tmp_path / "dcae")), {}
+    for tile in (4, 32):
+        (tmp_path / f"model-{tile}").mkdir()
+        config = replace(TINY, codec=CodecConfig(kind="dc-ae", factor=32, source=source, tile=tile))
+        models[tile] = write_bundle(tmp_path / f"model-{tile}", config)
+    for folder, step in (("hr", 1), ("lr", TINY.scale)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(skimage.data.astronaut()[:192:step, :256:step]).save(tmp_path / folder / "a.png")
+
+    def table(tile: int, *options: object) -> dict[str, dict[str, object]]:
+        asked = ("--lr", tmp_path / "lr", "--original", tmp_path / "hr", "--metric", "psnr_y", "--json", *options)
+        result = run(models[tile], *asked)
+        assert result.exit_code == 0, result.output
+        found: dict[str, dict[str, object]] = json.loads(result.stdout)["tables"]["classic"]
+        return found
+
+    own, other, whole = table(4), table(32, "--codec-tile", 4), table(32)
+    assert own["rows"]["routed"] == other["rows"]["routed"] != whole["rows"]["routed"]
+    assert other["protocol"] == own["protocol"] | {"codec_tile": 4} == whole["protocol"] | {"codec_tile": 4}
+
+
 def test_a_missing_extra_unreadable_or_misfitting_picture_is_named(pictures: Path) -> None:
     def refusal() -> str:
         result = run("--restored", pictures / "sr", "--original", pictures / "hr", "--lr", pictures / "lr")
@@ -142,6 +167,7 @@ def test_a_missing_extra_unreadable_or_misfitting_picture_is_named(pictures: Pat
         (("--restored", "sr", "--metric", "psnr_y"), "no originals"),
         (("--restored", "nowhere"), "expected a folder of pictures"),
         (("--restored", "sr", "--original", "hr", "--attach"), "--attach: got --restored"),
+        (("--restored", "sr", "--original", "hr", "--codec-tile", "16"), "--codec-tile: got one with --restored"),
     ],
 )
 def test_a_mistake_ends_with_2_and_says_what_would_be_right(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linearsr_platform.cli.options import Verbose
+from linearsr_platform.cli.options import CodecTile, Verbose
 from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import UserError
 
@@ -85,6 +85,7 @@ def evaluate(
     device: Device = "cpu",
     text_encoder: TextEncoder = None,
     codec: Codec = None,
+    codec_tile: CodecTile = None,
     pictures: Pictures = None,
     output: Output = None,
     attach: Attach = False,
@@ -94,7 +95,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure pictures, or a model on LR pictures, under each protocol side by side, with 95 % intervals."""
-    _check_use(model, restored, lr, grid, attach=attach, named=named, original=original)
+    _check_use(model, restored, lr, grid, codec_tile, attach=attach, named=named, original=original)
     names = _known_protocols(protocol or ["classic"])
     _check_metrics(metric or [])
     from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
@@ -120,11 +121,14 @@ def evaluate(
         bundle_url=None if folder is None else str(folder),
         codec_source=codec,
         text_encoder=text_encoder,
+        codec_tile=codec_tile,
         device=device,
         pictures_url=None if pictures is None else str(pictures),
     )
     measured = _measure(test_set.photographs, make)
-    tables = _tables(test_set, measured, request, rows=ROWS if restored is None else (RESTORED,), degradation=facts.degradation)
+    # Another tile is another model: its numbers stand beside those with the bundle's own only if both say so.
+    how = {} if codec_tile is None else {"codec_tile": codec_tile}
+    tables = _tables(test_set, measured, request, rows=ROWS if restored is None else (RESTORED,), degradation=facts.degradation, **how)
     if output is not None:
         write_text(str(output), Evaluation(tables=tables).to_json(with_values=True) + "\n")
     if (attached := version if attach else None) is not None:
@@ -225,14 +229,14 @@ def _measure(photographs: "list[PictureFiles]", make: "MakeMeasurer") -> "list[M
 
 
 def _tables(
-    test_set: TestSet, measured: "list[Measured]", request: "Request", *, rows: tuple[str, ...], degradation: object
+    test_set: TestSet, measured: "list[Measured]", request: "Request", *, rows: tuple[str, ...], degradation: object, **more: object
 ) -> "dict[str, ProtocolTable]":
     from linearsr_platform.stages.evaluate import comparable
     from linearsr_platform.stages.measured_set import tables_of
     from linearsr_platform.stages.measuring import RESTORED
 
     how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed, measured=measured)
-    how |= test_set.named
+    how |= {**test_set.named, **more}
     if RESTORED in rows:
         how |= {"seed": None, "pictures": "finished: measured as they are, without the protocol's colour fix", "grid_px": request.grid_px}
     return tables_of([photograph.name for photograph in test_set.photographs], measured, request, rows, how)
@@ -285,6 +289,7 @@ def _check_use(
     restored: Path | None,
     lr: Path | None,
     grid: int | None,
+    codec_tile: int | None,
     *,
     attach: bool,
     named: str | None,
@@ -297,6 +302,8 @@ def _check_use(
         raise UserError(f"--test-set: got {named!r} beside --lr or --original; expected one of them: a known set has its own")
     if model is not None and lr is None and named is None:
         raise UserError("evaluate: got MODEL without LR pictures; expected --lr DIR or --test-set NAME")
+    if codec_tile is not None and model is None:
+        raise UserError("--codec-tile: got one with --restored; expected none: no DC-AE decodes pictures that are there")
     if grid is not None and model is not None:
         raise UserError("--grid: got a grid with MODEL; expected none: a model's seams are measured on its own tiles")
     if attach and (model is None or not model.startswith("models:/")):

@@ -25,6 +25,15 @@ Update = Annotated[
         help="Go on under the name of an earlier run although settings changed: what a change concerns runs again, the rest stays.",
     ),
 ]
+CodecTile = Annotated[
+    int | None,
+    typer.Option(
+        metavar="POSITIONS",
+        min=4,
+        show_default=False,
+        help="Side of a DC-AE's tiles, 32 px a position; default: the model's. Smaller ones take less memory and change the picture more.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and the logs of libraries.")]
 
 

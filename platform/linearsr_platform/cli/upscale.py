@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearsr_platform.cli.options import Verbose
+from linearsr_platform.cli.options import CodecTile, Verbose
 from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import StageError, UserError
 
@@ -42,13 +42,6 @@ TextEncoder = Annotated[
     str | None, typer.Option(metavar="DIR", help="Text encoder of a model that reads tags; default: where it was.", show_default=False)
 ]
 Codec = Annotated[str | None, typer.Option(metavar="DIR", help="DC-AE of a model that has one; default: where it was.", show_default=False)]
-CodecTile = Annotated[
-    int | None,
-    typer.Option(
-        metavar="POSITIONS", min=4, show_default=False,
-        help="Side of a DC-AE's tiles, 32 px a position; default: the model's. Smaller ones take less memory and change the picture more.",
-    ),
-]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise; the same seed gives the same picture.")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, ...; `auto` is CUDA where there is one.")]
 Memory = Annotated[float | None, typer.Option(metavar="GB", help="Memory to use; default: most of what is free.", show_default=False)]

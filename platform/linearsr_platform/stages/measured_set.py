@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from linearsr.bundle import BundleError, load_bundle, with_text_encoder
+from linearsr.bundle import BundleError
 from linearsr.frechet import check_enough, frechet_inception_distance
 from linearsr.metric_table import ARTEFACTS, metric_spec
 from linearsr.metrics import MetricError, find_weights, weights_digests
@@ -19,6 +19,7 @@ from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.registry.evaluation import ProtocolTable, by_metric
 from linearsr_platform.stages.measuring import Measure, Measured, Measurer, Photograph, Piece, Pixels, Request, features_of, save_png
+from linearsr_platform.stages.upscaling import open_bundle
 
 OnProgress = Callable[[int, int], None]
 """Called with the pictures that are done, and all."""
@@ -35,6 +36,8 @@ class MakeMeasurer:
     """DC-AE of a bundle that has one; None is where it was."""
     text_encoder: str | None = None
     """Text encoder of a bundle that reads tags; None is where it was."""
+    codec_tile: int | None = None
+    """Latent positions along a side of the DC-AE's tiles; None takes the bundle's."""
     device: str = "cpu"
     pictures_url: str | None = None
     """Folder that gets every picture; None keeps none."""
@@ -65,9 +68,7 @@ class MakeMeasurer:
         if self.bundle_url is None:
             return None
         with storage.local_path(self.bundle_url) as folder:
-            bundle = load_bundle(folder, codec_source=self.codec_source)
-            bundle = bundle if self.text_encoder is None else with_text_encoder(bundle, self.text_encoder)
-            return Upscaler(bundle, device=self.device)
+            return Upscaler(open_bundle(folder, self.codec_source, self.text_encoder, self.codec_tile), device=self.device)
 
     def _keep(self, photograph: Photograph, row: str, picture: Pixels) -> None:
         assert self.pictures_url is not None  # noqa: S101 (only then it is called)
