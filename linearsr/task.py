@@ -4,7 +4,6 @@ The platform knows this class only by the protocol it satisfies, and builds it i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,44 +12,19 @@ from torch import Tensor, nn
 
 from linearsr.captions import Captions
 from linearsr.codec_source import verify_codec
-from linearsr.config import AugmentationConfig, LatentStatistics, ModelConfig, TextSource
+from linearsr.config import AugmentationConfig
 from linearsr.degradation import augment, degrade_pair
-from linearsr.degradation_config import Degradation
 from linearsr.flow import interpolate, sample_times
 from linearsr.latent import LatentSpace
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
 from linearsr.sampling import sample_euler
 from linearsr.tags import Caption
+from linearsr.task_config import TaskConfig
 
 Array = NDArray[np.generic]
 PLAIN = AugmentationConfig(flips=False, scales=(1.0, 1.0), colour=False)
 """No augmentation but the choice of the crop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """Everything a worker needs to build the task; picklable."""
-
-    model: ModelConfig
-    statistics: LatentStatistics
-    interval: tuple[float, float]
-    """Noise levels that this network trains on; (0, 1) for one network over all of them."""
-    degradation: Degradation
-    augmentation: AugmentationConfig
-    crop_px: int
-    """Side of a training crop, HR pixels."""
-    validation_steps: int
-    """Euler steps of a validation, spread over `interval`."""
-    metrics: tuple[str, ...]
-    """Names in `linearsr.metrics.METRICS`."""
-    metric_weights: str | None = None
-    """Local folder with the weights of learned metrics."""
-    codec_digest: str | None = None
-    """Hash that the codec must have on every worker; None takes whatever is there."""
-    seed: int = 0
-    text: TextSource | None = None
-    """Where embeddings come from, for a network that reads prompts."""
 
 
 def to_pixels(image: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfi
 from linearsr.degradation import augment, degrade
 from linearsr.guard import GuardConfig, Trip
 from linearsr.statistics import measure_statistics
-from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
+from linearsr.task import SuperResolutionTask, to_pixels
+from linearsr.task_config import TaskConfig
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images
 from linearsr_platform.data.shards import Sample, write_shard

@@ -22,7 +22,8 @@ os.environ.setdefault("LOCAL_RANK", "0")
 import deepspeed
 
 from linearsr.config import BACKBONES, AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.deepspeed_config import deepspeed_config
 from linearsr_platform.train.engine import DeepSpeedEngine, StepModule

@@ -203,6 +203,7 @@ def work_all(folder: Path, rank: int, world: int) -> dict[str, object]:
         half = folder / f"{whole}-checkpoints" / "step_00000004"
         results[resumed] = train(folder, resumed, rank, world, noise=0.1, resume=half, **setting)
     results["compiled"] = deepspeed.comm.comm.cdb.shm_comm_op is not None
+    results["compiler"] = "torch._inductor.compile_fx" in sys.modules
     try:
         train(folder, "poisoned", rank, world, stage=2, noise=0.0, poison=3)
     except TrainingDiverged as error:
@@ -320,6 +321,8 @@ def test_workers_fail_together_when_one_diverges(two) -> None:
 @pytest.mark.distributed
 def test_nothing_is_compiled(two) -> None:
     assert [worker["compiled"] for worker in two] == [False, False]
+    # What DeepSpeed imports and nobody here uses would bring it: 2 CPU seconds a worker.
+    assert [worker["compiler"] for worker in two] == [False, False]
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
 from linearsr.guard import Trip
-from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.failures import explain
@@ -27,12 +28,33 @@ from linearsr_platform.train.job import Rehearsal
 pytestmark = pytest.mark.ray
 
 
+def holding_torch() -> dict[str, set[bool]]:
+    """Return of each class of actor whether its processes hold torch."""
+    from ray.util.state import list_actors
+
+    found: dict[str, set[bool]] = {}
+    for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")]):
+        found.setdefault(actor.class_name, set()).add("libtorch_cpu" in Path(f"/proc/{actor.pid}/maps").read_text())
+    return found
+
+
 def test_two_workers_train_and_a_second_call_starts_nothing(cluster, tmp_path: Path) -> None:
     from toy_training import free_cpus, toy_job
 
-    job, board, events = toy_job(tmp_path, "pretrain", workers=2), ProgressBoard.start(), []
-    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["pretrain"]
+    job, board, events = toy_job(tmp_path, "pretrain", workers=2, pause_s=0.1), ProgressBoard.start(), []
+    processes: dict[str, set[bool]] = {}
 
+    def watch(new: list[Event]) -> None:
+        events.extend(new)
+        if not processes and any(event.kind == "metrics" for event in new):
+            processes.update(holding_torch())
+
+    outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=watch)["pretrain"]
+
+    # Ray Train's own processes hold no torch, and there are no more of them than it takes.
+    assert processes.pop("RayTrainWorker") == {True}
+    assert processes.keys() <= {"TrainController", "SynchronizationActor", "_AutoscalingCoordinatorActor", "_Board"}
+    assert not any(True in held for held in processes.values()), processes
     assert not isinstance(outcome, TrainerFailure), outcome
     assert outcome.steps == 20
     assert load_file(outcome.last_weights)["weight"].shape == (3, 3, 3, 3)
@@ -185,7 +207,7 @@ def test_as_many_trainers_run_at_once_as_cpus_and_memory_allow(tmp_path: Path) -
     assert Room(nodes=(Share(cpus=1.5), Share(cpus=1.5))).workers(Share(cpus=1)) == 2
     assert Room(nodes=(Share(cpus=8, gpus=1),)).workers(Share(cpus=1, gpus=0.5)) == 2
 
-    small = Room(nodes=(Share(cpus=2),), memory_bytes=4e9)
+    small = Room(nodes=(Share(cpus=2),), memory_bytes=3e9)
     assert [fits(job, [job] * running, half, small) for running in range(3)] == [True, True, False]
     assert fits(job, [], half, Room(nodes=(Share(cpus=2),), memory_bytes=1e9))
 

@@ -33,7 +33,8 @@ from linearsr.config import (
 from linearsr.routed import RoutedSampler
 from linearsr.tag_reader import TagReader
 from linearsr.tags import Caption
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr.text import TextEncoder, TextEncoderError, make_encoder
 from linearsr.upscaler import Upscaler
 from linearsr_platform.cli.app import app

@@ -23,7 +23,8 @@ from linearsr.dcae import _load, in_tiles
 from linearsr.latent import LatentSpace
 from linearsr.model import SuperResolver
 from linearsr.statistics import measure_statistics
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr.upscaler import Upscaler
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.recipe.load import load_recipe

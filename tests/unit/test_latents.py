@@ -9,7 +9,8 @@ from PIL import Image
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import AugmentationConfig, BackboneConfig, CodecConfig, DegradationConfig, LatentStatistics, ModelConfig
-from linearsr.task import PLAIN, SuperResolutionTask, TaskConfig
+from linearsr.task import PLAIN, SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr_platform.data.extras import LatentMaker
 from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.prepare import prepare

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from example_crops import failing_crop, killing_crop, numbered_crop, write_numbered
 
 from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfig, LatentStatistics, ModelConfig, TagsConfig
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr_platform.data.reader import CropReader
 from linearsr_platform.data.shards import Sample, write_shard
 from linearsr_platform.errors import StageError, UserError
@@ -160,7 +161,8 @@ import os, sys, time
 sys.path[:0] = [{support!r}]
 from example_crops import numbered_crop
 from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfig, LatentStatistics, ModelConfig, TagsConfig
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr_platform.data.reader import CropReader
 from linearsr_platform.data.shards import Sample, write_shard
 reader = CropReader({shards!r}, numbered_crop, batch_size=6, crops_per_image=3, seed=0, workers=2)

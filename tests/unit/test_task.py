@@ -8,7 +8,8 @@ from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfi
 from linearsr.degradation import upsample
 from linearsr.flow import sample_times
 from linearsr.metrics import Meter
-from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
+from linearsr.task import SuperResolutionTask, to_pixels
+from linearsr.task_config import TaskConfig
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from linearsr_platform.errors import UserError
 from linearsr_platform.train.job import TrainJob
 
-TRAINER_BYTES = 1.0e9
-"""Memory of Ray Train's helper processes of one trainer: controller, synchronisation, data manager, cleaner."""
+TRAINER_BYTES = 0.5e9
+"""Memory of the other processes of one trainer: what starts it, controller, synchronisation, its share of the autoscaler."""
 WORKER_BYTES = 0.8e9
 """Memory of a worker with torch and DeepSpeed before its first step."""
 ROUNDING = 1e-9

@@ -105,9 +105,6 @@ class _Fleet:
         self._running: dict[Ref, TrainJob] = {}
         self._restarts: Counter[str] = Counter()
         self._released_s = float("-inf")
-        # Ray Train's helper that gives back the CPUs of a trainer whose driving process is lost looks for the cluster by itself, and
-        # fails where several run on one machine. Children of the task inherit the variable.
-        self._address = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
 
     def run(self, queue: deque[TrainJob], on_poll: OnPoll, results: dict[str, Result]) -> None:
         """Work off the queue, in its order."""
@@ -131,8 +128,7 @@ class _Fleet:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
-            task = _train.options(runtime_env=self._address)
-            ref = task.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
+            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
             self._running[ref] = job
 
     def _result(self, ref: Ref, job: TrainJob) -> Result:
@@ -152,8 +148,11 @@ class _Fleet:
         return True
 
     def _release(self) -> None:
-        """Give back what lost trainers had reserved; now and then, because a controller may die some time after the task that drives it."""
-        if self._restarts and time.monotonic() >= self._released_s + RELEASE_S:
+        """Give back what lost trainers had reserved; now and then, because a controller may die some time after the task that drives it.
+
+        Also what a trainer has left that was lost for good in an earlier call.
+        """
+        if time.monotonic() >= self._released_s + RELEASE_S:
             release_abandoned()
             self._released_s = time.monotonic()
 

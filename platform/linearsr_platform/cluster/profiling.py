@@ -12,7 +12,8 @@ from linearsr.config import FlowConfig
 from linearsr.flow import interval_mass
 from linearsr.noise_profile import NoiseProfile
 from linearsr.profiling import level_intervals, measure_profile
-from linearsr.task import SuperResolutionTask, TaskConfig
+from linearsr.task import SuperResolutionTask
+from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Share

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 def release_abandoned() -> int:
     """Remove what dead actors of this process's job have reserved, and return how many reservations that were.
 
-    Ray keeps an actor's placement group until its job ends too. Ray Train's own helper knows of a reservation only once all workers have
-    started; a controller that is killed in the twenty seconds before leaves it, and the trainer that starts again would wait for ever. The
-    public table does not say whose a group is.
+    Ray keeps an actor's placement group until its job ends too, and the trainer that starts again would wait for ever. Ray Train's own
+    helper, which our trainers leave out, is a process of its own for each, and knows of a reservation only once all workers have started.
+    The public table does not say whose a group is.
     """
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     released = 0

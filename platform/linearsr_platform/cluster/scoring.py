@@ -13,7 +13,8 @@ from linearsr.config import SamplerConfig
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
-from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
+from linearsr.task import SuperResolutionTask, to_pixels
+from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.worker import validation_batches

@@ -14,7 +14,7 @@ from linearsr.config import CodecConfig, LatentStatistics, ModelConfig, TagsConf
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr.metric_table import metric_spec
-from linearsr.task import TaskConfig
+from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all

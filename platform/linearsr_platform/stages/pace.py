@@ -12,9 +12,9 @@ from linearsr_platform.train.outcome import TrainOutcome
 
 RAY_START_S = 6.0
 """From the start of a trainer to its first step, as far as it is waiting: for Ray's controller, placement and process group."""
-TRAINER_CPU_S = 7.0
+TRAINER_CPU_S = 5.5
 """CPU time of a trainer's own processes until then, mostly imports."""
-WORKER_CPU_S = 10.5
+WORKER_CPU_S = 8.5
 """The same of each worker: torch, DeepSpeed, metrics, engine."""
 
 

@@ -1,12 +1,14 @@
 """The engine: one network under DeepSpeed, sharded over the workers of the process group by ZeRO."""
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 
 import deepspeed
 import deepspeed.ops
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -194,6 +196,17 @@ def _join_deepspeed() -> None:
     """Put DeepSpeed on the process group, without the shared-memory collective that it would compile from C++ first."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend())
+    _import_muon()
+
+
+def _import_muon() -> None:
+    """Import an optimizer that nobody here uses, as every ZeRO engine will, but not compiled: that alone brings torch's Inductor."""
+    usual = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = usual
 
 
 def _worker_seed(seed: int) -> int:

@@ -20,7 +20,8 @@ os.environ.setdefault("LOCAL_RANK", "0")
 from linearsr.config import AugmentationConfig, LatentStatistics, ModelConfig, TagsConfig
 from linearsr.degradation import augment, degrade
 from linearsr.statistics import measure_statistics
-from linearsr.task import SuperResolutionTask, TaskConfig, to_pixels
+from linearsr.task import SuperResolutionTask, to_pixels
+from linearsr.task_config import TaskConfig
 from linearsr_platform.data.manifest import load_manifest
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.reader import CropReader, read_images

@@ -1,0 +1,98 @@
+"""Torch's process group between the workers of a trainer, prepared by processes that do without torch.
+
+Ray's own `TorchConfig` brings torch to the task that starts a trainer and to its controller, neither of which computes anything. What
+the workers run is Ray's.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.util import TrainingFramework
+
+JOIN_S = 1800
+"""How long an operation of the group waits for the other workers: what Ray's `TorchConfig` and torch itself take."""
+LEAVE_S = 30.0
+"""How long workers get to leave the group before they are ended without."""
+
+
+@dataclass(frozen=True, slots=True)
+class LateTorch(BackendConfig):
+    """What `TorchConfig` stands for, with torch imported by the workers alone."""
+
+    backend: str
+    """Of `torch.distributed`: gloo or nccl."""
+
+    @property
+    def backend_cls(self) -> type["_LateTorchBackend"]:
+        """Return what sets the group up."""
+        return _LateTorchBackend
+
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what workers train in."""
+        return on_own_device if self.backend == "nccl" else nullcontext
+
+    @property
+    def framework(self) -> TrainingFramework:
+        """Return what Ray shows."""
+        return TrainingFramework.TORCH
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what Ray shows."""
+        return {"backend": self.backend, "init_method": "env", "timeout_s": JOIN_S}
+
+
+class _LateTorchBackend(Backend):
+    """Lives in the controller and sends the workers into their group and out of it."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Bring all workers into one group, led by the first."""
+        assert isinstance(backend_config, LateTorch)  # noqa: S101 (it named this class)
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        size = len(worker_group)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _join, world_rank=rank, world_size=size, address=address, port=port, backend=backend_config.backend
+                )
+                for rank in range(size)
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Have all workers leave; one that hangs in an operation of the group is ended anyway."""
+        with suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(_leave, grouped=len(worker_group) > 1), timeout=LEAVE_S)
+
+
+def on_own_device() -> AbstractContextManager[None]:
+    """Make the worker's own GPU torch's current one."""
+    from ray.train.torch.config import TorchConfigContextManager
+
+    found: AbstractContextManager[None] = TorchConfigContextManager()
+    return found
+
+
+def _join(world_rank: int, world_size: int, address: str, port: int, backend: str) -> None:
+    """Join the group, as one of its workers."""
+    from ray.train.torch import config
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))  # noqa: TID251 (torch asks there, and nothing is read)
+    config._set_torch_distributed_env_vars()  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has workers run)
+    config._setup_torch_process_group(backend, world_rank, world_size, init_method="env://", timeout_s=JOIN_S)  # noqa: SLF001
+
+
+def _leave(grouped: bool) -> None:
+    """Leave the group, and free the GPU's cached memory."""
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=grouped)  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has them run)
