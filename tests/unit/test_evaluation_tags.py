@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from tiny_bundle import TINY, write_bundle
 
+from linearsr import taggers
 from linearsr.config import TagsConfig
+from linearsr.taggers import Photo, Tag
 from linearsr_platform.cli.app import app
 from linearsr_platform.data.prepare import prepare
 from linearsr_platform.recipe.load import load_recipe
@@ -91,6 +93,32 @@ def test_held_out_photographs_are_restored_with_the_tags_of_their_lr_images(tmp_
     assert tags_told([photographs[2], untagged], []) == "told: of the original for 1 of 2, none for 1 of 2"
     # Where there is a picture already, nobody reads tags.
     assert replace(photographs[0], restored=np.zeros((4, 4, 3), dtype=np.uint8)).lr_tags is None
+
+
+def test_a_tagger_sees_the_very_lr_images_that_are_evaluated(
+    tmp_path: Path, bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, np.ndarray] = {}
+
+    class Looking:
+        """Keeps what it is shown."""
+
+        def tag(self, photos: list[Photo]) -> list[list[Tag]]:
+            seen.update((photo.path.stem, np.asarray(photo.image)) for photo in photos if photo.path is not None)
+            return [[] for _ in photos]
+
+    monkeypatch.setattr(taggers, "make_tagger", lambda name, config: Looking())
+    monkeypatch.chdir(tmp_path)
+    context = context_of(tmp_path, bundle, root, {})
+    # As another file among the photographs: a place in a split would now be another one.
+    Image.new("RGB", (48, 40)).save(tmp_path / "photos/_first.png")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: {root / 'pipelines/quickstart.yaml'}\ndata: {{sources: {{mine: photos}}, held_out: [a]}}\n")
+    done = CliRunner().invoke(app, ["tag", "photos", "--lr", "--recipe", str(recipe)])
+    assert done.exit_code == 0, done.output
+    measured = {photograph.name: photograph.lr for photograph in evaluate.held_out(context)}
+    assert set(measured) < set(seen)
+    assert all(np.array_equal(seen[name], lr) for name, lr in measured.items())
 
 
 def test_an_evaluation_says_whose_tags_it_read_and_is_compared_with_its_like_alone(tmp_path: Path, bundle: Path, root: Path) -> None:

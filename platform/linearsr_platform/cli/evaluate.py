@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from linearsr_platform.registry.evaluation import ProtocolTable
     from linearsr_platform.registry.models import ModelVersion
     from linearsr_platform.stages.measured_set import MakeMeasurer
-    from linearsr_platform.stages.measuring import Measured, Request
+    from linearsr_platform.stages.measuring import Measured
     from linearsr_platform.stages.pairs import PictureFiles
 
 Model = Annotated[
@@ -106,14 +106,13 @@ def evaluate(
     from linearsr_platform.registry.register import attach_evaluation
     from linearsr_platform.stages.choosing import choose
     from linearsr_platform.stages.measured_set import MakeMeasurer
-    from linearsr_platform.stages.measuring import RESTORED, ROWS, Request
+    from linearsr_platform.stages.measuring import Request
     from linearsr_platform.storage import write_text
 
     tell_warnings(UnvisitedExpertWarning)
     version, folder = _find_model(model, storage, tracking_uri)
     facts = _facts(lr)
-    scale = _scale_of(folder)
-    test_set = _test_set(restored, original, lr, facts, scale) if named is None else _named_test_set(named, root, restored, scale)
+    test_set = _test_set(restored, original, lr, facts, folder) if named is None else _named_test_set(named, root, restored, folder)
     choice = choose(names, metric or [], weights=weights, count=len(test_set.photographs), originals=test_set.has_originals)
     request = Request(metrics=choice.metrics, weights=weights, seed=facts.seed if seed is None else seed, grid_px=grid)
     make = MakeMeasurer(
@@ -125,10 +124,7 @@ def evaluate(
         device=device,
         pictures_url=None if pictures is None else str(pictures),
     )
-    measured = _measure(test_set.photographs, make)
-    # Another tile is another model: its numbers stand beside those with the bundle's own only if both say so.
-    how = {} if codec_tile is None else {"codec_tile": codec_tile}
-    tables = _tables(test_set, measured, request, rows=ROWS if restored is None else (RESTORED,), degradation=facts.degradation, **how)
+    tables = _tables(test_set, _measure(test_set.photographs, make), make, facts.degradation)
     if output is not None:
         write_text(str(output), Evaluation(tables=tables).to_json(with_values=True) + "\n")
     if (attached := version if attach else None) is not None:
@@ -175,16 +171,16 @@ class LrFacts:
     """Names of those whose tags are of the LR image."""
 
 
-def _test_set(restored: Path | None, original: Path | None, lr: Path | None, facts: LrFacts, scale: int | None) -> TestSet:
-    """Return the test set in the folders that the options name."""
+def _test_set(restored: Path | None, original: Path | None, lr: Path | None, facts: LrFacts, bundle: Path | None) -> TestSet:
+    """Return the test set in the folders that the options name, for the bundle in a folder if there is one."""
     from linearsr_platform.stages.pairs import Kind, check_sizes, match_by_name
 
     named: dict[Kind, Path | None] = {"restored": restored, "original": original, "lr": lr}
     photographs = match_by_name({kind: folder for kind, folder in named.items() if folder is not None}, facts.tags, facts.lr_tags)
-    return TestSet(photographs=photographs, scale=check_sizes(photographs, scale))
+    return TestSet(photographs=photographs, scale=check_sizes(photographs, _scale_of(bundle)))
 
 
-def _named_test_set(name: str, root: Path, restored: Path | None, scale: int | None) -> TestSet:
+def _named_test_set(name: str, root: Path, restored: Path | None, bundle: Path | None) -> TestSet:
     """Return a known test set as it lies under `root`, with the restored pictures of its names beside it."""
     from linearsr_platform.data.test_sets import find_test_set
     from linearsr_platform.stages.pairs import Kind, PictureFiles, check_sizes, match_by_name
@@ -199,7 +195,9 @@ def _named_test_set(name: str, root: Path, restored: Path | None, scale: int | N
         files: dict[Kind, Path | None] = {"lr": pair.lr, "original": pair.hr, "restored": given.get(pair.name)}
         photographs.append(PictureFiles(name=pair.name, files={kind: path for kind, path in files.items() if path is not None}))
     return TestSet(
-        photographs=photographs, scale=check_sizes(photographs, scale), named={"test_set_name": found.name, "test_set_files": found.sha256}
+        photographs=photographs,
+        scale=check_sizes(photographs, _scale_of(bundle)),
+        named={"test_set_name": found.name, "test_set_files": found.sha256},
     )
 
 
@@ -228,17 +226,20 @@ def _measure(photographs: "list[PictureFiles]", make: "MakeMeasurer") -> "list[M
     return measured
 
 
-def _tables(
-    test_set: TestSet, measured: "list[Measured]", request: "Request", *, rows: tuple[str, ...], degradation: object, **more: object
-) -> "dict[str, ProtocolTable]":
+def _tables(test_set: TestSet, measured: "list[Measured]", make: "MakeMeasurer", degradation: object) -> "dict[str, ProtocolTable]":
     from linearsr_platform.stages.evaluate import comparable
     from linearsr_platform.stages.measured_set import tables_of
-    from linearsr_platform.stages.measuring import RESTORED
+    from linearsr_platform.stages.measuring import RESTORED, ROWS
 
+    request = make.request
     how: dict[str, Any] = comparable(scale=test_set.scale, degradation=degradation, seed=request.seed, measured=measured)
-    how |= {**test_set.named, **more}
-    if RESTORED in rows:
+    how |= test_set.named
+    if make.codec_tile is not None:
+        # With another tile it is another model: its numbers are compared with those of the same tile only.
+        how["codec_tile"] = make.codec_tile
+    if make.bundle_url is None:
         how |= {"seed": None, "pictures": "finished: measured as they are, without the protocol's colour fix", "grid_px": request.grid_px}
+    rows = ROWS if make.bundle_url is not None else (RESTORED,)
     return tables_of([photograph.name for photograph in test_set.photographs], measured, request, rows, how)
 
 

@@ -1,6 +1,5 @@
 """`linearsr tag`: what photographs show, written beside them in the files that `prepare` reads."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,12 @@ KEPT = "kept what was there"
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How `--lr` degrades a photograph before it is tagged."""
+    """How `--lr` degrades a photograph before it is tagged: as the recipe's evaluation does."""
 
     scale: int
     degradation: "Degradation"
+    seed: int
+    halve_jpeg: bool
 
 
 def tag(
@@ -45,12 +46,12 @@ def tag(
         bool,
         typer.Option(
             "--lr",
-            help="Degrade each photograph first and write its tags as `tags_lr`: one draw by the file's name, not those that training, "
-            "validation and evaluation degrade it by.",
+            help="Degrade each photograph first and write its tags as `tags_lr`: by one draw, which is the evaluation's of a held-out "
+            "one; training and validation draw anew.",
         ),
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Recipe whose scale and degradation --lr takes.", show_default=False)
+        str | None, typer.Option(metavar="RECIPE", help="Recipe whose scale, degradation and evaluate.seed --lr takes.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace tags that are there already, also a person's.")] = False,
     verbose: Verbose = False,
@@ -61,7 +62,7 @@ def tag(
         raise UserError("--recipe: got one without --lr; expected both, or neither")
     sides = _sides(folder)
     wanted = [path for path, fields in sides.items() if overwrite or key not in fields]
-    reduction = _reduction(recipe) if lr else None
+    reduction = _reduction(recipe, folder) if lr else None
     words = _words(vocabulary)
     from linearsr_platform.cli.environment import quiet_libraries
 
@@ -109,14 +110,19 @@ def _sides(folder: Path) -> dict[Path, dict[str, object]]:
     return sides
 
 
-def _reduction(recipe: str | None) -> Reduction:
+def _reduction(recipe: str | None, folder: Path) -> Reduction:
     from linearsr.config import DegradationConfig, ModelConfig
     from linearsr_platform.recipe.load import load_recipe
+    from linearsr_platform.recipe.schema import EvaluateSection
 
     if recipe is None:
-        return Reduction(ModelConfig().scale, DegradationConfig())
-    loaded = load_recipe(recipe).recipe
-    return Reduction(loaded.model.scale, loaded.degradation)
+        return Reduction(ModelConfig().scale, DegradationConfig(), EvaluateSection().seed, halve_jpeg=True)
+    loaded = load_recipe(recipe)
+    # The folder may be a source of the recipe, or lie in one.
+    settings = loaded.recipe
+    here, sources = folder.resolve(), [source for source in settings.data.sources.values() if "://" not in source.url]
+    halved = [source.halve_jpeg for source in sources if here.is_relative_to(Path(source.url.partition("*")[0]).resolve())]
+    return Reduction(settings.model.scale, settings.degradation, settings.evaluate.seed, halve_jpeg=all(halved))
 
 
 def _words(vocabulary: Path | None) -> tuple[str, ...]:
@@ -145,21 +151,18 @@ def _tag(model: "Tagger", paths: Sequence[Path], reduction: Reduction | None) ->
 
 def _read(path: Path, reduction: Reduction | None) -> "Photo":
     """Read a photograph as `prepare` does; with a reduction, return its degraded version, the same at every call."""
-    import numpy as np
     from PIL import Image
 
-    from linearsr.degradation import degrade
     from linearsr.taggers import Photo
-    from linearsr_platform.data.images import BadImageError, decode_image
+    from linearsr_platform.data.images import decode_image
 
-    pixels = decode_image(path.read_bytes(), halve_jpeg=reduction is not None).pixels
-    if reduction is not None:
-        height, width = (side // reduction.scale * reduction.scale for side in pixels.shape[:2])
-        if not height or not width:
-            raise BadImageError(f"{pixels.shape[1]}x{pixels.shape[0]} px is too small to reduce {reduction.scale} times")
-        seed = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:8], "big")
-        pixels = degrade(np.ascontiguousarray(pixels[:height, :width]), reduction.scale, reduction.degradation, np.random.default_rng(seed))
-    return Photo(Image.fromarray(pixels), path)
+    if reduction is None:
+        return Photo(Image.fromarray(decode_image(path.read_bytes()).pixels), path)
+    from linearsr_platform.data.degraded import lr_image
+
+    pixels = decode_image(path.read_bytes(), halve_jpeg=reduction.halve_jpeg).pixels
+    _, lr = lr_image(pixels, scale=reduction.scale, degradation=reduction.degradation, seed=reduction.seed, name=path.stem)
+    return Photo(Image.fromarray(lr), path)
 
 
 def _write(path: Path, fields: dict[str, object], key: str, tags: "list[Tag]", tagger: str) -> str:

@@ -6,11 +6,11 @@ from math import isfinite
 
 import numpy as np
 
-from linearsr.degradation import degrade
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.data.crew import Crew, SerialCrew
+from linearsr_platform.data.degraded import lr_image
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
@@ -79,19 +79,17 @@ def comparable(*, scale: int | None, degradation: object, seed: int, measured: S
 def held_out(context: RunContext) -> list[Photograph]:
     """Degrade the held-out photographs, cropped to a multiple of the scale, each with a seed of its own.
 
-    Their tags are those of an LR image where there are some: the original's say what nobody sees who restores. Source: method.md 2.9.
-    It is not the LR image made here: `tag --lr` degrades by the file's name, this by the place in the split, unknown before `prepare`.
+    Their tags are those of the LR image where there are some, which `tag --lr` makes as it is made here: the original's say what nobody
+    sees who restores. Source: method.md 2.9.
 
     Raises:
         UserError: if two of them have the same name.
     """
     recipe = context.recipe
-    scale, photographs = recipe.model.scale, []
-    for index, (_, image, meta) in enumerate(read_images(shards_of(context, "held-out"))):
-        height, width = (side // scale * scale for side in image.shape[:2])
-        original = np.ascontiguousarray(image[:height, :width])
-        lr = degrade(original, scale, recipe.degradation, np.random.default_rng([recipe.evaluate.seed, index]))
+    photographs = []
+    for _, image, meta in read_images(shards_of(context, "held-out")):
         name = str(meta["file"]).rsplit("/", 1)[-1].rsplit(".", 1)[0]
+        original, lr = lr_image(image, scale=recipe.model.scale, degradation=recipe.degradation, seed=recipe.evaluate.seed, name=name)
         of_lr = "tags_lr" in meta
         tags = meta["tags_lr" if of_lr else "tags"]
         words = tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()

@@ -4,13 +4,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 from torch import Tensor, nn
+from toy_config import ToyConfig
 
 from linearsr_platform.cluster.session import cluster_session
 from linearsr_platform.data.shards import Sample, write_shard
@@ -40,15 +40,6 @@ def free_cpus(wait_s: float = 10.0) -> float:
     while (free := ray.available_resources().get("CPU", 0.0)) < CPUS and time.monotonic() < end:
         time.sleep(0.2)
     return free
-
-
-@dataclass(frozen=True)
-class ToyConfig:
-    """How slow the toy is, and where its workers say who they are."""
-
-    pause_s: float = 0.0
-    pids: str | None = None
-    """Folder in which each worker leaves a file named by its process."""
 
 
 class ToyTask:
