@@ -4,13 +4,13 @@ Ray's own `TorchConfig` brings torch to the task that starts a trainer and to it
 the workers run is Ray's.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._common.network_utils import build_address  # type: ignore[attr-defined]
 from ray.exceptions import GetTimeoutError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -46,7 +46,7 @@ class LateTorch(BackendConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what Ray shows."""
-        return {"backend": self.backend, "init_method": "env", "timeout_s": JOIN_S}
+        return {"backend": self.backend, "init_method": "tcp", "timeout_s": JOIN_S}
 
 
 class _LateTorchBackend(Backend):
@@ -57,16 +57,9 @@ class _LateTorchBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Bring all workers into one group, led by the first."""
         assert isinstance(backend_config, LateTorch)  # noqa: S101 (it named this class)
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        size = len(worker_group)
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, _join, world_rank=rank, world_size=size, address=address, port=port, backend=backend_config.backend
-                )
-                for rank in range(size)
-            ]
-        )
+        url, size = f"tcp://{build_address(*worker_group.execute_single(0, get_address_and_port))}", len(worker_group)
+        each = {"world_size": size, "url": url, "backend": backend_config.backend}
+        ray.get([worker_group.execute_single_async(rank, _join, world_rank=rank, **each) for rank in range(size)])
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Have all workers leave; one that hangs in an operation of the group is ended anyway."""
@@ -82,13 +75,12 @@ def on_own_device() -> AbstractContextManager[None]:
     return found
 
 
-def _join(world_rank: int, world_size: int, address: str, port: int, backend: str) -> None:
+def _join(world_rank: int, world_size: int, url: str, backend: str) -> None:
     """Join the group, as one of its workers."""
     from ray.train.torch import config
 
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))  # noqa: TID251 (torch asks there, and nothing is read)
     config._set_torch_distributed_env_vars()  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has workers run)
-    config._setup_torch_process_group(backend, world_rank, world_size, init_method="env://", timeout_s=JOIN_S)  # noqa: SLF001
+    config._setup_torch_process_group(backend, world_rank, world_size, init_method=url, timeout_s=JOIN_S)  # noqa: SLF001
 
 
 def _leave(grouped: bool) -> None:
