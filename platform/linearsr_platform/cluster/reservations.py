@@ -4,7 +4,7 @@ import logging
 
 import ray
 from ray._private.state import state
-from ray._raylet import PlacementGroupID
+from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -24,7 +24,9 @@ def release_abandoned() -> int:
     for raw in state._connect_and_get_accessor().get_placement_group_table():  # noqa: SLF001 (its public form leaves the creator out)
         group = PlacementGroupTableData.FromString(raw)
         held = PlacementGroupTableData.PlacementGroupState.Name(group.state) in HELD
-        if held and group.creator_actor_dead and not group.is_detached and group.creator_job_id == job:
+        # What no actor has reserved, but the driver or a task, counts as reserved by a dead one.
+        by_actor = bool(group.creator_actor_id) and not ActorID(group.creator_actor_id).is_nil()
+        if held and by_actor and group.creator_actor_dead and not group.is_detached and group.creator_job_id == job:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             released += 1
     if released:

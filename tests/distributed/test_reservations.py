@@ -1,0 +1,41 @@
+"""What a dead process has reserved on the cluster is given back, and nothing of anybody who lives."""
+
+import time
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from linearsr_platform.cluster.reservations import release_abandoned
+
+pytestmark = pytest.mark.ray
+
+
+@ray.remote(num_cpus=0)
+class Holder:
+    """Reserves half a CPU, as a trainer's controller reserves its workers'."""
+
+    def hold(self) -> None:
+        ray.get(placement_group([{"CPU": 0.5}]).ready())
+
+
+def test_only_what_dead_actors_have_reserved_is_given_back(cluster) -> None:
+    # Ray counts what a driver reserves as reserved by a dead actor.
+    own = placement_group([{"CPU": 0.5}])
+    ray.get(own.ready())
+    dead, alive = Holder.remote(), Holder.remote()
+    ray.get([dead.hold.remote(), alive.hold.remote()])
+    assert release_abandoned() == 0
+    ray.kill(dead)
+    released, end = 0, time.monotonic() + 20
+    while not (released := release_abandoned()) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert released == 1
+    assert release_abandoned() == 0
+    held = [group["placement_group_id"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+    assert len(held) == 2
+    assert own.id.hex() in held
+    remove_placement_group(own)
+    ray.kill(alive)
+    while not release_abandoned() and time.monotonic() < end:
+        time.sleep(0.2)
