@@ -53,10 +53,11 @@ check: install ## Lint, formatting, types, import directions, Dockerfiles, shell
 	@$(BIN)/hadolint infra/images/Dockerfile infra/images/Dockerfile.mlflow
 	@$(BIN)/shellcheck .ci/run infra/images/build.sh
 
-bench: install ## Benchmarks: what platform and guard cost a step, what a checkpoint costs, the knee detector's error rates, an enlargement's time (10 minutes)
+bench: install ## Benchmarks: what platform and guard cost a step, what a checkpoint and a trainer's start cost, the knee detector's error rates, an enlargement's time (a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/step_overhead.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/guard_overhead.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/checkpoint.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/trainer_start.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/knee/bench.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/upscale.py
 
