@@ -42,7 +42,7 @@ quickstart: install ## Train a small model on real photographs, release it, upsa
 # One thread a process: workers of one test share the cores, and sums come out in the same order everywhere.
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
-test: check ## Everything CI checks: `make check`, then every test that needs no GPU (up to an hour)
+test: check ## Everything CI checks: `make check`, then every test that needs no GPU (an hour, on slow shared cores more)
 	@$(BIN)/python -m pytest -m "not gpu" $(wildcard tests/unit tests/contracts tests/distributed tests/chaos)
 
 check: install ## Lint, formatting, types, import directions, Dockerfiles, shell scripts

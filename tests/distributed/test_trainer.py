@@ -28,26 +28,34 @@ from linearsr_platform.train.job import Rehearsal
 pytestmark = pytest.mark.ray
 
 
-def holding_torch() -> dict[str, set[bool]]:
-    """Return of each class of actor whether its processes hold torch."""
+def actors() -> dict[int, str]:
+    """Return the processes of the actors that live, and of which class they are."""
     from ray.util.state import list_actors
 
+    return {actor.pid: actor.class_name for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])}
+
+
+def holding_torch(before: set[int]) -> dict[str, set[bool]]:
+    """Return of each class of actor that was not there before whether its processes hold torch."""
     found: dict[str, set[bool]] = {}
-    for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")]):
-        found.setdefault(actor.class_name, set()).add("libtorch_cpu" in Path(f"/proc/{actor.pid}/maps").read_text())
+    for pid, kind in actors().items():
+        if pid not in before:
+            found.setdefault(kind, set()).add("libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text())
     return found
 
 
 def test_two_workers_train_and_a_second_call_starts_nothing(cluster, tmp_path: Path) -> None:
     from toy_training import free_cpus, toy_job
 
-    job, board, events = toy_job(tmp_path, "pretrain", workers=2, pause_s=0.1), ProgressBoard.start(), []
+    job, board, events = toy_job(tmp_path, "pretrain", workers=2, pause_s=0.3), ProgressBoard.start(), []
+    # The cluster is shared: what tests before this one have left is not looked at.
+    before = set(actors())
     processes: dict[str, set[bool]] = {}
 
     def watch(new: list[Event]) -> None:
         events.extend(new)
         if not processes and any(event.kind == "metrics" for event in new):
-            processes.update(holding_torch())
+            processes.update(holding_torch(before))
 
     outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=watch)["pretrain"]
 

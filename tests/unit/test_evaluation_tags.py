@@ -57,15 +57,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("model"), replace(TINY, tags=tags), noise=0.1)
 
 
-def context_of(folder: Path, bundle: Path, root: Path, lr_tags: dict[str, list[str]]) -> Any:
+def context_of(
+    folder: Path, bundle: Path, root: Path, lr_tags: dict[str, list[str]], *, suffix: str = "png", source: dict[str, object] | None = None
+) -> Any:
     """A run that has prepared photographs of a cat; those named in `lr_tags` have tags of their LR images too."""
     photos = folder / "photos"
     photos.mkdir(parents=True)
     for place, name in enumerate((*NAMES, "trained")):
-        Image.fromarray(skimage.data.astronaut()[64 * place : 64 * place + 40, 100:148]).save(photos / f"{name}.png")
+        Image.fromarray(skimage.data.astronaut()[64 * place : 64 * place + 40, 100:148]).save(photos / f"{name}.{suffix}")
         fields = {"tags": ["cat"]} | ({"tags_lr": lr_tags[name]} if name in lr_tags else {})
         (photos / f"{name}.json").write_text(json.dumps(fields))
-    loaded = load_recipe(str(root / "pipelines/quickstart.yaml"), None, [*SETTINGS, f"data.sources.mine={photos}"])
+    loaded = load_recipe(
+        str(root / "pipelines/quickstart.yaml"),
+        None,
+        [*SETTINGS, f"data.sources.mine={json.dumps({'url': str(photos), **(source or {})})}"],
+    )
     prepare(loaded.recipe.data, recipe_folder=loaded.folder, output_url=str(folder / "prepared"))
     return SimpleNamespace(
         recipe=loaded.recipe,
@@ -95,8 +101,9 @@ def test_held_out_photographs_are_restored_with_the_tags_of_their_lr_images(tmp_
     assert replace(photographs[0], restored=np.zeros((4, 4, 3), dtype=np.uint8)).lr_tags is None
 
 
+@pytest.mark.parametrize(("suffix", "halved"), [("png", True), ("jpg", True), ("jpg", False)])
 def test_a_tagger_sees_the_very_lr_images_that_are_evaluated(
-    tmp_path: Path, bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, halved: bool
 ) -> None:
     seen: dict[str, np.ndarray] = {}
 
@@ -109,11 +116,12 @@ def test_a_tagger_sees_the_very_lr_images_that_are_evaluated(
 
     monkeypatch.setattr(taggers, "make_tagger", lambda name, config: Looking())
     monkeypatch.chdir(tmp_path)
-    context = context_of(tmp_path, bundle, root, {})
+    context = context_of(tmp_path, bundle, root, {}, suffix=suffix, source={"halve_jpeg": halved})
     # As another file among the photographs: a place in a split would now be another one.
     Image.new("RGB", (48, 40)).save(tmp_path / "photos/_first.png")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"extends: {root / 'pipelines/quickstart.yaml'}\ndata: {{sources: {{mine: photos}}, held_out: [a]}}\n")
+    photos = f"{{url: photos, halve_jpeg: {halved}}}"
+    recipe.write_text(f"extends: {root / 'pipelines/quickstart.yaml'}\ndata: {{sources: {{mine: {photos}}}, held_out: [a]}}\n")
     done = CliRunner().invoke(app, ["tag", "photos", "--lr", "--recipe", str(recipe)])
     assert done.exit_code == 0, done.output
     measured = {photograph.name: photograph.lr for photograph in evaluate.held_out(context)}

@@ -17,9 +17,9 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.util import TrainingFramework
 
 JOIN_S = 1800
-"""How long an operation of the group waits for the other workers: what Ray's `TorchConfig` and torch itself take."""
+"""How long an operation of the group waits for the other workers, s: what Ray's `TorchConfig` takes."""
 LEAVE_S = 30.0
-"""How long workers get to leave the group before they are ended without."""
+"""How long workers get to leave the group before they are ended without, s."""
 
 
 @dataclass(frozen=True, slots=True)

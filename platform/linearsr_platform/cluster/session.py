@@ -135,7 +135,7 @@ def _local_cluster(config: ClusterConfig, folders: tuple[Path, Path], verbose: b
                 num_cpus=config.num_cpus,
                 num_gpus=config.num_gpus,
                 object_store_memory=config.object_store_mb * 2**20,
-                # Ray Train asks the dashboard's State API whether a controller lives; without it a killed trainer keeps its CPUs.
+                # With it comes Ray's State API, which says what runs on the cluster.
                 include_dashboard=True,
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
