@@ -19,6 +19,8 @@ QUALITY = 95
 """Of JPEG and WebP."""
 LARGEST_SIDE_PX = {".jpg": 65535, ".jpeg": 65535, ".webp": 16383}
 """Limits of the formats."""
+LARGEST_JPEG_EXIF = 65533
+"""Bytes that fit into a JPEG's segment."""
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """Channels -> colour type of PNG."""
 _Samples = NDArray[np.uint8] | NDArray[np.uint16]
@@ -37,14 +39,17 @@ def fit_format(picture: Picture, suffix: str) -> Picture:
     """
     check_size(picture.size, suffix)
     kind, notes = suffix.lower(), []
-    colour, alpha, bits = picture.colour, picture.alpha, picture.bits
+    colour, alpha, bits, exif = picture.colour, picture.alpha, picture.bits, picture.exif
     if bits == 16 and kind != ".png":
         bits = 8
         notes.append(f"16 bits reduced to 8: {kind[1:]} holds no more")
     if alpha is not None and kind in (".jpg", ".jpeg"):
         colour, alpha = colour * alpha[..., None] + (1 - alpha[..., None]), None
         notes.append("transparency laid over white: JPEG has none")
-    return replace(picture, colour=colour, alpha=alpha, bits=bits, notes=(*picture.notes, *notes))
+    if exif is not None and len(exif) > LARGEST_JPEG_EXIF and kind in (".jpg", ".jpeg"):
+        exif = None
+        notes.append("EXIF left out: JPEG holds no more than 64 kB of it")
+    return replace(picture, colour=colour, alpha=alpha, bits=bits, exif=exif, notes=(*picture.notes, *notes))
 
 
 def check_size(size: tuple[int, int], suffix: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
 
 from linearsr.exif import carried_exif
 
@@ -89,7 +91,7 @@ def decode_picture(content: bytes, name: str) -> Picture:
                 notes.append(f"first of {getattr(image, 'n_frames', 1)} frames taken")
             grey = image.mode in ("1", "L", "LA", "La") or (_raw_mode(image) or "").startswith("LA")  # Pillow opens 16-bit LA as RGBA.
             deep = _deep_samples(image, content, notes)
-            exif, profile = carried_exif(image), image.info.get("icc_profile")
+            exif, profile = _exif(image, notes), image.info.get("icc_profile")
             if image.getexif().get(0x0112, 1) not in (0, 1):
                 notes.append("turned upright as its EXIF says")
             image.load()
@@ -139,11 +141,19 @@ def srgb_profile() -> bytes:
     return bytes(content)
 
 
+def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
+    try:
+        return carried_exif(image)
+    except DECODING_ERRORS:
+        # What Pillow reads it cannot always write, and a camera's mistake is no reason to refuse its picture.
+        notes.append("EXIF left out: it is not as EXIF has to be")
+        return None
+
+
 def _from_image(image: Image.Image, notes: list[str], *, grey: bool) -> Picture:
     """Take 8-bit pixels, and 16-bit grey, which Pillow can hold."""
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        samples = np.asarray(ImageOps.exif_transpose(image)).astype(np.float32) / np.float32(65535)
+    if (samples := deep_grey(image)) is not None:
         return Picture(np.repeat(samples[..., None], 3, axis=2), grey=True, bits=16)
     if mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {mode}) have no defined white")
@@ -151,13 +161,28 @@ def _from_image(image: Image.Image, notes: list[str], *, grey: bool) -> Picture:
     if mode == "P":
         notes.append("palette expanded to RGB")
     elif mode in ("CMYK", "YCCK"):
-        image, said = _from_cmyk(image)
+        # Turned before, because a conversion by profile forgets the EXIF.
+        image, said = _from_cmyk(ImageOps.exif_transpose(image))
         notes.append(said)
     elif mode not in ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa"):
         notes.append(f"{mode} converted to RGB")
     upright = ImageOps.exif_transpose(image).convert("RGBA" if has_alpha else "RGB")
     samples = np.asarray(upright).astype(np.float32) / np.float32(255)
     return Picture(np.ascontiguousarray(samples[..., :3]), alpha=samples[..., 3].copy() if has_alpha else None, grey=grey)
+
+
+def deep_grey(image: Image.Image) -> Plane | None:
+    """Return the light of an opened grey picture of more than 8 bits, upright, (H, W) in [0, 1]; None for any other kind.
+
+    A TIFF says itself which sample is white: the largest of its bits (12-bit scans are common), or with MinIsWhite zero.
+    """
+    # Pillow before 11 opens 16-bit PNG as `I`.
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")):
+        return None
+    tags: Any = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    samples = np.asarray(ImageOps.exif_transpose(image))
+    light: Plane = samples.astype(np.float32) / np.float32(2 ** tags.get(Base.BitsPerSample, (16,))[0] - 1)
+    return 1 - light if tags.get(Base.PhotometricInterpretation) == 0 else light
 
 
 def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
@@ -187,7 +212,10 @@ def _into_srgb(picture: Picture, profile: bytes) -> Picture:
     if picture.bits == 16:
         return replace(picture, profile=profile, notes=(*picture.notes, f"profile {name!r} kept and its 16-bit values taken as they are"))
     image = Image.fromarray(np.rint(picture.colour * 255).astype(np.uint8))
-    turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    try:
+        turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return replace(picture, notes=(*picture.notes, f"colour profile {name!r} left out: it cannot be used"))
     if turned is None:
         return replace(picture, profile=profile)
     colour = np.asarray(turned).astype(np.float32) / np.float32(255)

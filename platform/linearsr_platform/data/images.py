@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from linearsr.pictures import DECODING_ERRORS, why_undecoded
+from linearsr.pictures import DECODING_ERRORS, deep_grey, why_undecoded
 
 Pixels = NDArray[np.uint8]
 
@@ -58,7 +58,7 @@ def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> De
             with Image.open(BytesIO(content)) as image:
                 kind, mode = image.format or "", image.mode
                 upright = image.getexif().get(ORIENTATION, 1) == 1
-                rgb = to_rgb(ImageOps.exif_transpose(image))
+                rgb = to_rgb(image)
         except DECODING_ERRORS as error:
             raise BadImageError(why_undecoded(error, "an image")) from error
     if halve_jpeg and kind in ("JPEG", "MPO"):
@@ -68,17 +68,17 @@ def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> De
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB: 16-bit grey is scaled, not clipped; transparency is laid over white.
+    """Convert an opened image of any mode to upright RGB: 16-bit grey is scaled, not clipped; transparency is laid over white.
 
     Raises:
         ValueError: for 32-bit integer and floating-point images, whose white is not defined.
     """
-    # Pillow before 11 opens 16-bit PNG as `I`; 16-bit RGB it reduces to 8 bits itself, by the high byte.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = np.rint(np.asarray(image).astype(np.float64) * (255 / 65535)).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+    # 16-bit RGB Pillow reduces to 8 bits itself, by the high byte.
+    if (light := deep_grey(image)) is not None:
+        return Image.fromarray(np.rint(light * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {image.mode}) have no defined white; convert the file to 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
