@@ -5,7 +5,7 @@ bicubically first, which adds no detail: the network then restores a blurred pic
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 Size = tuple[int, int]
 
@@ -27,7 +27,7 @@ class Wanted:
         if len(given) > 1:
             raise ValueError(f"size: got {', '.join(f'{name} {value}' for name, value in given.items())}; expected one of them")
         for name, value in given.items():
-            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+            if not all(0 < one < inf for one in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"size: got {name} {value}; expected positive numbers")
 
 

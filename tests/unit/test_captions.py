@@ -344,6 +344,14 @@ def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, ma
     refused = CliRunner().invoke(app, [*command, "--tags", "cat"])
     assert refused.exit_code == 2
     assert "expected the folder of a transformers text encoder" in " ".join(refused.output.split())
+    for kind, size in (("lr", (16, 12)), ("hr", (64, 48))):
+        (tmp_path / kind).mkdir()
+        picture.resize(size).save(tmp_path / kind / "cat.png")
+    (tmp_path / "lr" / "test_set.json").write_text('{"degradation": "as given", "seed": 0, "tags": {"cat": ["cat"]}}')
+    pictures = ["--lr", str(tmp_path / "lr"), "--original", str(tmp_path / "hr"), "--metric", "psnr_y"]
+    measured = CliRunner().invoke(app, ["evaluate", str(tmp_path / "bundle"), *pictures])
+    assert measured.exit_code == 2, measured.output
+    assert "expected the folder of a transformers text encoder" in " ".join(measured.stderr.split())
     moved = CliRunner().invoke(app, [*command, "--tags", "cat, sofa", "--text-encoder", str(MINILM)])
     assert moved.exit_code == 0, moved.output
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), with_tags)

@@ -179,6 +179,21 @@ def test_a_mistake_ends_with_2_and_says_what_would_be_right(
     assert said in " ".join(result.stderr.split())
 
 
+def test_a_device_is_one_of_this_machine_or_found_by_itself(pictures: Path, bundle: Path) -> None:
+    asked = (bundle, "--lr", pictures / "lr", "--original", pictures / "hr", "--metric", "psnr_y", "--device")
+    for device in ("abacus", "cuda:99"):
+        refused = run(*asked, device)
+        assert (refused.exit_code, f"--device: got '{device}'" in " ".join(refused.stderr.split())) == (2, True)
+    assert run(*asked, "auto").exit_code == 0
+
+
+def test_numbers_are_shown_before_they_are_written(pictures: Path) -> None:
+    settings = ("--restored", pictures / "sr", "--original", pictures / "hr", "--metric", "psnr_y")
+    result = run(*settings, "--output", pictures)
+    assert result.exit_code != 0
+    assert "psnr_y" in result.stdout
+
+
 def test_without_originals_a_metric_that_needs_none_is_measured(pictures: Path) -> None:
     pytest.importorskip("pyiqa")
     result = run("--restored", pictures / "sr", "--metric", "piqe", "--json")

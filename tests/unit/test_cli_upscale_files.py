@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +20,7 @@ from tiny_bundle import write_bundle
 
 from linearsr_platform.cli.app import app
 from linearsr_platform.data.picture_shards import read_members, write_members
+from linearsr_platform.stages import upscaling
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,7 @@ def test_a_shard_keeps_its_keys_and_members_and_corrects_what_they_say_of_size(b
     write_members(str(tmp_path / "in.tar"), samples)
     code, output = run(tmp_path / "in.tar", tmp_path / "out.tar", "--model", bundle)
     assert (code, "x/0002.jpg: not a picture" in " ".join(output.split())) == (1, True)
+    assert "left out of the new shard, which counts as done: --overwrite makes it again" in " ".join(output.split())
     made = dict(read_members(str(tmp_path / "out.tar")))
     assert {key: sorted(members) for key, members in made.items()} == {
         "x/0001": ["json", "png", "txt"],
@@ -126,6 +131,45 @@ def test_a_shard_keeps_its_keys_and_members_and_corrects_what_they_say_of_size(b
     assert not (tmp_path / "none.tar").exists()
     with tarfile.open(tmp_path / "out.tar") as tar:
         assert {member.mtime for member in tar} == {0}, "the same shard gives the same file"
+
+
+def test_a_shard_keeps_long_names_and_loses_no_picture_to_another(bundle: Path, tmp_path: Path) -> None:
+    samples = [("ä" * 110, {"png": png()}), ("twice", {"tif": png(), "png": png()})]
+    write_members(str(tmp_path / "in.tar"), samples)
+    code, output = run(tmp_path / "in.tar", tmp_path / "out.tar", "--model", bundle)
+    assert (code, "twice: got tif and png; expected one picture that becomes png" in " ".join(output.split())) == (1, True)
+    assert [key for key, _ in read_members(str(tmp_path / "out.tar"))] == ["ä" * 110]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_picture_that_takes_all_memory_does_not_stop_the_others(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, width in (("a.png", 12), ("b.png", 16)):
+        (tmp_path / "in" / name).write_bytes(png(width))
+    enlarge = upscaling.enlarge
+
+    def too_large(upscaler, picture, *arguments, **options):
+        if picture.size[0] == 12:
+            raise error
+        return enlarge(upscaler, picture, *arguments, **options)
+
+    monkeypatch.setattr(upscaling, "enlarge", too_large)
+    code, output = run(tmp_path / "in", tmp_path / "out", "--model", bundle)
+    assert (code, "memory: ran out of it on 12 x 9 px" in " ".join(output.split())) == (1, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
+def test_a_name_that_is_no_text_is_said_and_does_not_end_the_command(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
+    command = [sys.executable, "-m", "linearsr_platform", "upscale", str(folder), str(tmp_path / "out"), "--model", str(bundle)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+        assert done.returncode == 0, done.stderr
+    assert rb"caf\udce9.png  exists and is kept" in done.stdout
 
 
 def test_a_plan_says_what_would_be_done_and_does_nothing(bundle: Path, tmp_path: Path) -> None:

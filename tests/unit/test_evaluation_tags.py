@@ -120,7 +120,7 @@ def test_a_tagger_sees_the_very_lr_images_that_are_evaluated(
     # As another file among the photographs: a place in a split would now be another one.
     Image.new("RGB", (48, 40)).save(tmp_path / "photos/_first.png")
     recipe = tmp_path / "recipe.yaml"
-    photos = f"{{url: photos, halve_jpeg: {halved}}}"
+    photos = f"{{url: 'photos/[_a-z]*', halve_jpeg: {halved}}}"
     recipe.write_text(f"extends: {root / 'pipelines/quickstart.yaml'}\ndata: {{sources: {{mine: {photos}}}, held_out: [a]}}\n")
     done = CliRunner().invoke(app, ["tag", "photos", "--lr", "--recipe", str(recipe)])
     assert done.exit_code == 0, done.output

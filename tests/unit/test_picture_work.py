@@ -58,6 +58,18 @@ def test_a_glob_means_the_same_wherever_the_files_are(root: str, pattern: str, f
     assert pairs(root, pattern) == found
 
 
+def test_what_lies_in_a_target_below_the_source_is_not_enlarged_again(root: str) -> None:
+    first = pairs(root, "in", "in/large")
+    assert first["in/a.png"] == "in/large/a.png"
+    storage.write_bytes(storage.join(root, "in/large/a.png"), b"large")
+    storage.write_bytes(storage.join(root, "in/larger.png"), b"x")
+    assert pairs(root, "in", "in/large") == {**first, "in/larger.png": "in/large/larger.png"}
+    assert pairs(root, "in/**/*.png", "in/large") == {
+        name: target for name, target in pairs(root, "in", "in/large").items() if name.endswith(".png")
+    }
+    assert pairs(root, "in", "in")["in/large/a.png"] == "in/large/a.png"
+
+
 def test_one_file_goes_into_a_folder_or_to_a_name(root: str) -> None:
     assert pairs(root, "in/b.TIF", "large.jpg") == {"in/b.TIF": "large.jpg"}
     assert pairs(root, "in/b.TIF", "in/other") == {"in/b.TIF": "in/other/b.png"}

@@ -1,7 +1,9 @@
 """The command `linearsr`: every verb is one file of this package, registered here."""
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import Annotated
 
 from linearsr_platform.cli.missing import exit_naming_extra
@@ -93,6 +95,9 @@ for _name, (_about, _commands) in GROUPS.items():
 
 def main() -> None:
     """Run the command line; the console script's entry point."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A file's name may be no text; saying it must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="linearsr")
     except ModuleNotFoundError as error:

@@ -55,13 +55,15 @@ Grid = Annotated[
     typer.Option("--grid", metavar="PX", min=2, help="Grid of pixels on which to look for seams in --restored.", show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the model's noise; default: the test set's, or 0.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where the model runs: `cpu`, `cuda`, `cuda:1`, ...")]
+Device = Annotated[str, typer.Option(help="Where the model runs: `auto`, `cpu`, `cuda`, `cuda:1`, ...")]
 TextEncoder = Annotated[
     str | None, typer.Option(metavar="DIR", help="Text encoder of a model that reads tags; default: where it was.", show_default=False)
 ]
 Codec = Annotated[str | None, typer.Option(metavar="DIR", help="DC-AE of a model that has one; default: where it was.", show_default=False)]
-Pictures = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the model's pictures here.", show_default=False)]
-Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation, image by image, as JSON.", show_default=False)]
+Pictures = Annotated[str | None, typer.Option(metavar="DIR_OR_URL", help="Keep the model's pictures here.", show_default=False)]
+Output = Annotated[
+    str | None, typer.Option(metavar="FILE_OR_URL", help="Write the evaluation, image by image, as JSON.", show_default=False)
+]
 Attach = Annotated[bool, typer.Option("--attach", help="Store the numbers with the registered version; the gate reads them.")]
 Storage = Annotated[str, typer.Option(metavar="URL", help="Storage root whose MLflow store is asked for models:/...")]
 TrackingUri = Annotated[
@@ -122,17 +124,19 @@ def evaluate(
         text_encoder=text_encoder,
         codec_tile=codec_tile,
         device=device,
-        pictures_url=None if pictures is None else str(pictures),
+        pictures_url=pictures,
     )
     tables = _tables(test_set, _measure(test_set.photographs, make), make, facts.degradation)
+    # First, so that hours of measuring are not lost to a full disk or a server that is away.
+    _tell(tables, choice.left_out, as_json=as_json)
     if output is not None:
-        write_text(str(output), Evaluation(tables=tables).to_json(with_values=True) + "\n")
-    if (attached := version if attach else None) is not None:
-        attach_evaluation(existing_store(storage, tracking_uri), attached, Evaluation(tables=tables))
-    _tell(tables, choice.left_out, attached, as_json=as_json)
+        write_text(output, Evaluation(tables=tables).to_json(with_values=True) + "\n")
+    if attach and version is not None:
+        attach_evaluation(existing_store(storage, tracking_uri), version, Evaluation(tables=tables))
+        typer.echo(f"stored with {version.label}", err=as_json)
 
 
-def _tell(tables: "dict[str, ProtocolTable]", left_out: Mapping[str, str], attached: "ModelVersion | None", *, as_json: bool) -> None:
+def _tell(tables: "dict[str, ProtocolTable]", left_out: Mapping[str, str], *, as_json: bool) -> None:
     if as_json:
         plain = {name: table.to_plain(with_values=True, strict=True) for name, table in tables.items()}
         typer.echo(json.dumps({"tables": plain, "left_out": left_out}, allow_nan=False))
@@ -140,8 +144,6 @@ def _tell(tables: "dict[str, ProtocolTable]", left_out: Mapping[str, str], attac
     from linearsr_platform.cli.evaluate_table import print_tables
 
     print_tables(tables, left_out)
-    if attached is not None:
-        typer.echo(f"stored with {attached.label}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,12 @@ def plan(
 ) -> None:
     """Say what a recipe takes: room, memory of a worker, disk, time, money. Exit code 1 if it can never run, with the arithmetic."""
     from linearsr_platform.cli.environment import quiet_libraries
+    from linearsr_platform.cli.execute import bring_secrets_of
     from linearsr_platform.recipe.load import load_recipe
 
     quiet_libraries(verbose=verbose)
     loaded = load_recipe(recipe, profile, overrides or [])
+    bring_secrets_of(loaded)
     from linearsr_platform.stages.pace import paces
     from linearsr_platform.stages.plan import plan_run
 

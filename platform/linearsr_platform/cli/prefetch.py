@@ -52,6 +52,8 @@ def prefetch(
     loaded = load_for_weights(recipe, profile, overrides or [])
     needs = needs_of(loaded.recipe, tagger or [], _hubs(hub or []))
     needs = _chosen(needs, what)
+    if ":/" in str(into):
+        raise UserError(f"--into: got {str(into)!r}; expected a folder of this machine; fix: copy it there after, and take it by --from")
     if mirror is not None and storage.absolute(mirror) == storage.absolute(str(into)):
         raise UserError(f"--from: got {mirror!r}, which is --into; expected another place")
     today = datetime.now(tz=UTC).date()

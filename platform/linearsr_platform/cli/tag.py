@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearsr_platform import storage
 from linearsr_platform.cli.options import Verbose
 from linearsr_platform.errors import StageError, UserError
 
@@ -26,7 +28,12 @@ class Reduction:
     scale: int
     degradation: "Degradation"
     seed: int
-    halve_jpeg: bool
+    sources: tuple[tuple[Path, bool], ...] = ()
+    """Folders of the recipe's sources, and whether their JPEGs are halved."""
+
+    def halves(self, path: Path) -> bool:
+        """Tell whether a JPEG is halved: as all sources say that it is in; yes if it is in none."""
+        return all(halved for folder, halved in self.sources if path.resolve().is_relative_to(folder))
 
 
 def tag(
@@ -62,7 +69,7 @@ def tag(
         raise UserError("--recipe: got one without --lr; expected both, or neither")
     sides = _sides(folder)
     wanted = [path for path, fields in sides.items() if overwrite or key not in fields]
-    reduction = _reduction(recipe, folder) if lr else None
+    reduction = _reduction(recipe) if lr else None
     words = _words(vocabulary)
     from linearsr_platform.cli.environment import quiet_libraries
 
@@ -110,19 +117,24 @@ def _sides(folder: Path) -> dict[Path, dict[str, object]]:
     return sides
 
 
-def _reduction(recipe: str | None, folder: Path) -> Reduction:
+def _reduction(recipe: str | None) -> Reduction:
     from linearsr.config import DegradationConfig, ModelConfig
     from linearsr_platform.recipe.load import load_recipe
     from linearsr_platform.recipe.schema import EvaluateSection
 
     if recipe is None:
-        return Reduction(ModelConfig().scale, DegradationConfig(), EvaluateSection().seed, halve_jpeg=True)
-    loaded = load_recipe(recipe)
-    # The folder may be a source of the recipe, or lie in one.
-    settings = loaded.recipe
-    here, sources = folder.resolve(), [source for source in settings.data.sources.values() if "://" not in source.url]
-    halved = [source.halve_jpeg for source in sources if here.is_relative_to(Path(source.url.partition("*")[0]).resolve())]
-    return Reduction(settings.model.scale, settings.degradation, settings.evaluate.seed, halve_jpeg=all(halved))
+        return Reduction(ModelConfig().scale, DegradationConfig(), EvaluateSection().seed)
+    settings = load_recipe(recipe).recipe
+    local = [source for source in settings.data.sources.values() if storage.is_local(source.url)]
+    sources = tuple((_folder_of(storage.absolute(source.url)), source.halve_jpeg) for source in local)
+    return Reduction(settings.model.scale, settings.degradation, settings.evaluate.seed, sources)
+
+
+def _folder_of(path: str) -> Path:
+    """Return the folder that holds whatever a source's path or glob names."""
+    from linearsr_platform.data.sources import root_of_glob
+
+    return Path(root_of_glob(path) if has_magic(path) else path).resolve()
 
 
 def _words(vocabulary: Path | None) -> tuple[str, ...]:
@@ -160,7 +172,7 @@ def _read(path: Path, reduction: Reduction | None) -> "Photo":
         return Photo(Image.fromarray(decode_image(path.read_bytes()).pixels), path)
     from linearsr_platform.data.degraded import lr_image
 
-    pixels = decode_image(path.read_bytes(), halve_jpeg=reduction.halve_jpeg).pixels
+    pixels = decode_image(path.read_bytes(), halve_jpeg=reduction.halves(path)).pixels
     _, lr = lr_image(pixels, scale=reduction.scale, degradation=reduction.degradation, seed=reduction.seed, name=path.stem)
     return Photo(Image.fromarray(lr), path)
 

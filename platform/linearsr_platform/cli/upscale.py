@@ -1,6 +1,7 @@
 """`linearsr upscale`: image files to larger image files, with a bundle or a registered model, here or on a Ray cluster."""
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -158,7 +159,7 @@ def load(
 
 
 def _check_choices(target: str | None, *, plan: bool, estimate: str, colour_fix: str, residency: str, memory: float | None) -> None:
-    if memory is not None and memory <= 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--memory: got {memory}; expected gigabytes above 0")
     _check("--estimate", estimate, ("routed", "one_step"))
     _check("--colour-fix", colour_fix, ("wavelet", "adain", "none"))

@@ -24,7 +24,7 @@ def read_members(url: str) -> Iterator[tuple[str, Members]]:
 def write_members(url: str, samples: Iterable[tuple[str, Members]]) -> int:
     """Write a shard at once and return its samples; the same samples give the same file."""
     count = 0
-    with storage.atomic_file(url) as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with storage.atomic_file(url) as path, tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for key, members in samples:
             for name, content in members.items():
                 info = tarfile.TarInfo(f"{key}.{name}")

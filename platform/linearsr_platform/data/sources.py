@@ -159,7 +159,7 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
     elif there is not None:
         root, infos = path.rpartition("/")[0], {path: there}
     else:
-        root = _root_of_glob(path)
+        root = root_of_glob(path)
         images = fs.glob(path)
         stems = {image.rpartition(".")[0] for image in images}
         below = fs.find(root, detail=True) if images else {}
@@ -188,7 +188,7 @@ def _package_folder(key: str, url: str) -> str:
     return str(existing[0])
 
 
-def _root_of_glob(path: str) -> str:
+def root_of_glob(path: str) -> str:
     """Return the folder above the first part of a path that holds a wildcard."""
     plain = []
     for part in path.split("/")[:-1]:

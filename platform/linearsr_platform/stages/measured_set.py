@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from linearsr.bundle import BundleError
+from linearsr.codec_source import CodecError
 from linearsr.frechet import check_enough, frechet_inception_distance
 from linearsr.metric_table import ARTEFACTS, metric_spec
 from linearsr.metrics import MetricError, find_weights, weights_digests
 from linearsr.protocols import PROTOCOLS
+from linearsr.text import TextEncoderError
 from linearsr.upscaler import Upscaler
 from linearsr_platform import storage
 from linearsr_platform.data.crew import Crew
@@ -19,7 +21,7 @@ from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.registry.evaluation import ProtocolTable, by_metric
 from linearsr_platform.stages.measuring import Measure, Measured, Measurer, Photograph, Piece, Pixels, Request, features_of, save_png
-from linearsr_platform.stages.upscaling import open_bundle
+from linearsr_platform.stages.upscaling import device_here, open_bundle
 
 OnProgress = Callable[[int, int], None]
 """Called with the pictures that are done, and all."""
@@ -68,7 +70,7 @@ class MakeMeasurer:
         if self.bundle_url is None:
             return None
         with storage.local_path(self.bundle_url) as folder:
-            return Upscaler(open_bundle(folder, self.codec_source, self.text_encoder, self.codec_tile), device=self.device)
+            return Upscaler(open_bundle(folder, self.codec_source, self.text_encoder, self.codec_tile), device=device_here(self.device))
 
     def _keep(self, photograph: Photograph, row: str, picture: Pixels) -> None:
         assert self.pictures_url is not None  # noqa: S101 (only then it is called)
@@ -206,5 +208,5 @@ def _told() -> Iterator[None]:
     """Turn refusals of model and metrics, which are the user's to mend, into the user's errors."""
     try:
         yield
-    except (MetricError, BundleError) as error:
+    except (MetricError, BundleError, CodecError, TextEncoderError) as error:
         raise UserError(str(error)) from error

@@ -157,7 +157,14 @@ def _with_folders(name: str) -> Iterable[str]:
     return ("/".join(parts[:length]) for length in range(len(parts), 0, -1))
 
 
+def _outside(names: Sequence[str], root: str, target: str) -> Sequence[str]:
+    """Leave out what lies in a target folder below the source: it was made by this command, and would be enlarged again and again."""
+    above, into = (storage.absolute(url).rstrip("/") + "/" for url in (root, target))
+    return [name for name in names if not (above + name).startswith(into)] if into != above and into.startswith(above) else names
+
+
 def _into_folder(names: Sequence[str], root: str, target: str, nothing: str) -> Work:
+    names = _outside(names, root, target)
     if not names:
         raise UserError(f"{nothing}; expected files that end in {', '.join((*INPUT_SUFFIXES, SHARD))}")
     if storage.kind(target) == "file":

@@ -28,6 +28,8 @@ from linearsr_platform.stages.picture_work import Job
 
 REFUSALS = (PictureError, PictureTooLarge, StageError)
 """What is wrong with one picture or shard, and no reason to leave out the others."""
+LEFT_OUT = "; left out of the new shard, which counts as done: --overwrite makes it again"
+"""Said of a sample that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +141,20 @@ class UpscaleRun:
             made: dict[str, bytes] = {}
             done: list[Outcome] = []
             try:
+                _check_names(f"{job.name}: {key}", members)
                 for name, content in members.items():
                     new_name, new_content = name, content
                     if _is_picture(name):
                         called = f"{job.name}: {key}.{name}"
                         with self.stopwatch.section("read"):
                             picture = decode_picture(content, called)
-                        suffix = output_suffix(f".{name}")
-                        new_name = suffix[1:]
+                        new_name = _new_name(name)
+                        suffix = f".{new_name}"
                         new_content, outcome = self._enlarge_picture(picture, called, f"{shown(job.target)}: {key}.{new_name}", suffix)
                         done.append(outcome)
                     made[new_name] = new_content
             except REFUSALS as error:
-                outcomes.append(_failed(f"{job.name}: {key}", shown(job.target), error))
+                outcomes.append(_failed(f"{job.name}: {key}", shown(job.target), error, LEFT_OUT))
                 continue
             outcomes += done
             if len(done) == 1 and done[0].sizes is not None:
@@ -161,7 +164,15 @@ class UpscaleRun:
     def _enlarge_picture(self, picture: Picture, source: str, target: str, suffix: str) -> tuple[bytes, Outcome]:
         sizes, plan = self._plans(picture)
         check_size(sizes.output, suffix)
-        large = fit_format(enlarge(self._loaded(plan.residency), picture, self.request, tile=plan.tile), suffix)
+        upscaler = self._loaded(plan.residency)
+        try:
+            large = fit_format(enlarge(upscaler, picture, self.request, tile=plan.tile), suffix)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            # The plan is an estimate, and others may have taken memory since.
+            raise PictureTooLarge(
+                f"memory: ran out of it on {_size(picture.size)} px, where {shown_bytes(plan.peak_bytes)} were planned; expected enough; "
+                "fix: --memory GB or --tile TOKENS with less"
+            ) from error
         with self.stopwatch.section("write"):
             content = encode_picture(large, suffix)
         tiled = () if plan.tile is None else (describe(plan),)
@@ -218,6 +229,22 @@ def read_source(job: Job) -> Picture:
     return decode_picture(content, job.name)
 
 
+def device_here(name: str) -> torch.device:
+    """Return a device of this machine; `auto` is CUDA where there is one.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device: got {name!r}; expected auto, cpu or cuda") from error
+    number = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= number):
+        raise UserError(f"--device: got {name!r}; expected a device of this machine; fix: --device cpu")
+    return chosen
+
+
 def machine_here(
     device: str, memory_gb: float | None, residency: Residency | None, tile: int | None, *, share: float = 1.0, cuts: bool = True
 ) -> Machine:
@@ -232,12 +259,7 @@ def machine_here(
     Raises:
         UserError: if this machine has no such device.
     """
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise UserError(f"--device: got {device!r}; expected auto, cpu or cuda") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device: got {device!r}; expected a device of this machine; fix: --device cpu")
+    chosen = device_here(device)
     memory_bytes = int(free_bytes(chosen) * USABLE * share) if memory_gb is None else int(memory_gb * 1e9)
     return Machine(chosen, memory_bytes, residency, tile, cuts)
 
@@ -310,9 +332,22 @@ def _is_picture(name: str) -> bool:
     return f".{name}" in INPUT_SUFFIXES
 
 
-def _failed(source: str, target: str, error: Exception) -> Outcome:
+def _new_name(name: str) -> str:
+    """Return what a sample's file is called in the new shard."""
+    return output_suffix(f".{name}")[1:] if _is_picture(name) else name
+
+
+def _check_names(sample: str, members: Members) -> None:
+    """Refuse a sample in which two files would have one name."""
+    new = [_new_name(name) for name in members]
+    if twice := next((name for name in new if new.count(name) > 1), None):
+        both = " and ".join(name for name in members if _new_name(name) == twice)
+        raise PictureError(f"{sample}: got {both}; expected one picture that becomes {twice}; fix: rename one of them")
+
+
+def _failed(source: str, target: str, error: Exception, more: str = "") -> Outcome:
     reason = str(error)
-    return Outcome(source, target, "failed", (reason if source in reason else f"{source}: {reason}",))
+    return Outcome(source, target, "failed", ((reason if source in reason else f"{source}: {reason}") + more,))
 
 
 def _size(size: tuple[int, int]) -> str:
