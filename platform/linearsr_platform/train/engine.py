@@ -8,6 +8,7 @@ import deepspeed.ops
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -194,7 +195,9 @@ class DeepSpeedEngine:
 
 def _join_deepspeed() -> None:
     """Put DeepSpeed on the process group, without the shared-memory collective that it would compile from C++ first."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() == "cpu":
+        # On a GPU nobody asks for it, and looking at the table makes DeepSpeed probe each of its kernels.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     _import_muon()
 

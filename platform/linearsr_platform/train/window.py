@@ -61,7 +61,8 @@ class MetricWindow:
         sums = sum_over_workers(torch.cat([means, torch.stack(screened).double(), clock, rows])).tolist()
         step_losses, logged = [[value / world_size() for value in part] for part in (sums[:count], sums[count : count + len(names)])]
         left_out, (shared_seconds, *flat) = sums[count + len(names) : 2 * count + len(names)], sums[2 * count + len(names) :]
-        norms = torch.stack([torch.as_tensor(result.grad_norm, dtype=torch.float64) for result in results]).tolist()
+        # Of a step whose gradients overflow DeepSpeed tells a number, of all others a tensor on the device.
+        norms = torch.stack([torch.as_tensor(result.grad_norm, dtype=torch.float64, device=means.device) for result in results]).tolist()
         first = last_step - count + 1
         steps = [StepReading(first + i, step_losses[i], norms[i], left_out[i] > 0) for i in range(count)]
         attention = self._readings(flat)
