@@ -273,6 +273,11 @@ def test_read_images_gives_all_of_them_in_order(shards: list[str]) -> None:
     assert found[7][2]["tags"] == ["tag-7"]
 
 
+def test_read_images_opens_no_more_shards_than_it_needs(shards: list[str]) -> None:
+    first = read_images(shards, 3)
+    assert [key for key, _, _ in read_images([*shards, "gone.tar"], 3)] == [key for key, _, _ in first] == ["image-0", "image-1", "image-2"]
+
+
 def test_examples_that_are_not_alike_are_named(shards: list[str]) -> None:
     def ragged(image: np.ndarray, tags: list[str], rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {"image": image[: 4 + int(image[0, 0, 0]) % 2]}

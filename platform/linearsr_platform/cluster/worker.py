@@ -150,7 +150,7 @@ def crop_reader(
 
 def validation_batches(task: Task, config: ValidationConfig, shards: Sequence[str]) -> list[Batch]:
     """Make the fixed validation crops, dealt out over the images in turn, as batches; the same in every worker."""
-    images = read_images(shards)
+    images = read_images(shards, config.crops)
     examples = []
     for index in range(config.crops):
         _, image, meta = images[index % len(images)]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,7 +202,13 @@ def read_shard(url: str) -> Iterator[RawSample]:
         yield RawSample(shard, number)
 
 
-def read_images(shard_urls: Sequence[str]) -> list[tuple[str, Pixels, dict[str, object]]]:
-    """Read all images of some shards into memory: key, pixels (H, W, 3), what is known about them."""
+def read_images(shard_urls: Sequence[str], most: int | None = None) -> list[tuple[str, Pixels, dict[str, object]]]:
+    """Read the images of some shards into memory: key, pixels (H, W, 3), what is known about them.
+
+    Args:
+        shard_urls: are opened as far as they are needed.
+        most: how many, from the first on; None is all.
+    """
     decoder = JpegDecoder()
-    return [(sample.key, sample.decode(decoder), sample.meta) for url in shard_urls for sample in read_shard(url)]
+    samples = (sample for url in shard_urls for sample in read_shard(url))
+    return [(sample.key, sample.decode(decoder), sample.meta) for sample in islice(samples, most)]

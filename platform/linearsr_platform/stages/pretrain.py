@@ -66,7 +66,7 @@ def _content_hash(url: str | None) -> str | None:
 def measure(context: RecipeContext) -> LatentStatistics:
     """Measure latent statistics on augmented and degraded crops of the training photographs."""
     recipe = context.recipe
-    images = [image for _, image, _ in read_images(shards_of(context, "train"))]
+    images = [image for _, image, _ in read_images(shards_of(context, "train"), STATISTICS_CROPS)]
     rng = np.random.default_rng([recipe.seed, STATISTICS_CROPS])
     crops = [augment(images[i % len(images)], recipe.pretrain.crop_px, recipe.augmentation, rng) for i in range(STATISTICS_CROPS)]
     pairs = [degrade_pair(crop, recipe.model.scale, recipe.degradation, rng) for crop in crops]
