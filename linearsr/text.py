@@ -44,13 +44,16 @@ class TextEncoder(Protocol):
 
 
 class TransformersEncoder:
-    """Last hidden states of any transformers text encoder, padded on the right."""
+    """Last hidden states of a transformers model that reads text, padded on the right.
+
+    Of an encoder-decoder, as T5, it is the encoder; of a model with two towers, as CLIP, the one for text.
+    """
 
     def __init__(self, config: TextEncoderConfig, device: str | torch.device = "cpu") -> None:
         """Load tokenizer and weights from `config.folder`.
 
         Raises:
-            TextEncoderError: if transformers is not installed, or the folder does not hold an encoder.
+            TextEncoderError: if transformers is not installed, or the folder does not hold an encoder of such prompts.
         """
         self.config, self.device = config, torch.device(device)
         self.max_tokens = config.max_tokens
@@ -58,17 +61,33 @@ class TransformersEncoder:
         transformers = _import_transformers()
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.folder, local_files_only=True)
-            self.model: Any = transformers.AutoModel.from_pretrained(
-                config.folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[config.precision]
+            self.model: Any = _text_part(
+                transformers.AutoModel.from_pretrained(
+                    config.folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[config.precision]
+                )
             )
         except (OSError, ValueError) as error:
             raise TextEncoderError(
                 f"{config.folder}: got a folder that transformers cannot load: {error}; "
                 "expected config.json, a tokenizer and *.safetensors; fix: name such a folder in `model.text.folder`"
             ) from error
+        if (reason := self._unusable()) is not None:
+            raise TextEncoderError(f"{config.folder}: got a model that cannot encode prompts: {reason}; fix: name another folder")
         self.model.eval().to(self.device)
         self.tokenizer.padding_side = "right"
         self.width = int(self.model.config.hidden_size)
+
+    def _unusable(self) -> str | None:
+        """Say what keeps this model from giving embeddings of prompts, the empty one among them."""
+        settings = self.model.config
+        if not isinstance(getattr(settings, "hidden_size", None), int):
+            return f"{settings.model_type!r} says no hidden_size"
+        most = getattr(settings, "max_position_embeddings", None)
+        if isinstance(most, int) and most < self.max_tokens:
+            return f"it reads at most {most} tokens, and `model.text.max_tokens` is {self.max_tokens}"
+        if self.tokenizer.pad_token is None:
+            return "its tokenizer has no padding token"
+        return None if self.tokenizer("")["input_ids"] else "its tokenizer makes no token of the empty prompt"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -157,6 +176,10 @@ def encoder_digest(config: TextEncoderConfig) -> str:
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.suffix in HASHED_SUFFIXES}
     settings = [config.kind, config.max_tokens, config.precision, config.instruction]
     return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
+
+
+def _text_part(model: Any) -> Any:
+    return model.get_encoder() if model.config.is_encoder_decoder else getattr(model, "text_model", model)
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ The weights of Gemma-2 are on no package index, so its class is tested on a tiny
 """
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import SanaPipeline
-from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    Gemma2Config,
+    Gemma2Model,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
+)
 
 from linearsr.config import TextEncoderConfig
 from linearsr.tags import prompt_of
@@ -113,3 +128,42 @@ def test_folders_that_are_no_encoder_are_named(tmp_path: Path) -> None:
         make_encoder(TextEncoderConfig(folder=str(tmp_path)))
     with pytest.raises(ValueError, match=r"text.instruction: got 'x'"):
         TextEncoderConfig(folder="a", instruction="x")
+
+
+def save_with_minilms_words(model: PreTrainedModel, folder: Path) -> TextEncoderConfig:
+    """Save a random model beside MiniLM's tokenizer."""
+    AutoTokenizer.from_pretrained(MINILM).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return TextEncoderConfig(folder=str(folder), max_tokens=16)
+
+
+def test_of_an_encoder_decoder_it_is_the_encoder_and_of_two_towers_the_one_for_text(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = len(AutoTokenizer.from_pretrained(MINILM))
+    t5 = T5Model(T5Config(vocab_size=words, d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)).eval()
+    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": words, "max_position_embeddings": 16, "bos_token_id": 101, "eos_token_id": 102}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 16})).eval()
+    for name, model, part in (("t5", t5, t5.encoder), ("clip", clip, clip.text_model)):
+        config = save_with_minilms_words(model, tmp_path / name)
+        encoder = make_encoder(config)
+        found = encoder.encode(["cat, sofa", ""])
+        assert (encoder.width, found.values.shape) == (24, (2, 16, 24)), name
+        inputs = encoder.tokenizer(["cat, sofa"], padding="max_length", max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            states = part(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+        torch.testing.assert_close(found.values[0][found.mask[0]], states[0][inputs["attention_mask"][0].bool()])
+    with pytest.raises(TextEncoderError, match=r"reads at most 16 tokens, and `model\.text\.max_tokens` is 17"):
+        make_encoder(replace(config, max_tokens=17))
+
+
+@pytest.mark.parametrize(("padding", "said"), [(None, "has no padding token"), ("[UNK]", "makes no token of the empty prompt")])
+def test_a_model_that_cannot_encode_prompts_is_named_before_any_is_encoded(tmp_path: Path, padding: str | None, said: str) -> None:
+    gpt = GPT2Model(GPT2Config(vocab_size=2, n_embd=24, n_layer=1, n_head=2, n_positions=32))
+    config = save_with_minilms_words(gpt, tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    words = Tokenizer(WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token=padding).save_pretrained(tmp_path)
+    with pytest.raises(TextEncoderError, match=said):
+        make_encoder(config)
