@@ -141,12 +141,13 @@ class MemoryModel:
     def activations_per_token(self) -> int:
         """Return the bytes a token takes at the widest point of a block, with the network's input beside it.
 
-        Mix-FFN: stream and modulated input 2 C, its hidden map 2 F, the same after the depthwise convolution 2 F, the activated
-        gate F and the product F. Attention: stream and modulated input 2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C,
-        the quotient's two parts 2 C.
+        Mix-FFN: stream and modulated input 2 C, its hidden map 2 F, the same activated 2 F and after the depthwise convolution 2 F,
+        and the product F; a CPU, which has the second and third in bands, is counted F less. Attention: stream and modulated input
+        2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C, the quotient's two parts 2 C.
         """
         shape, size = self.config.backbone, self.dtype_bytes
-        feed_forward = (2 * shape.width + 6 * shape.ffn_width) * size
+        maps = 7 if self.device_type == "cuda" else 6
+        feed_forward = (2 * shape.width + maps * shape.ffn_width) * size
         wide = max(size, 4)
         copied = 3 if size < 4 else 2
         attention = 5 * shape.width * size + (copied + 2) * shape.width * wide

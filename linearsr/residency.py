@@ -46,7 +46,7 @@ class ExpertsInTurn:
         """
         self._bundle, self._device = bundle, device
         self._is_cuda = device.type == "cuda"
-        self._slots = [_empty_expert(bundle, device) for _ in range(2 if self._is_cuda else 1)]
+        self._slots = [_empty_expert(bundle, device) for _ in range(min(2, len(bundle.experts)) if self._is_cuda else 1)]
         for path in bundle.experts:
             _check_header(path, self._slots[0], bundle)
         self._holds: list[int | None] = [None] * len(self._slots)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from autoencoders import SANA, write_autoencoder
 
+from linearsr.blocks import MixFFN
 from linearsr.bundle import save_bundle
 from linearsr.codec_memory import CodecMemory
 from linearsr.codec_source import CodecError
@@ -150,6 +151,18 @@ def test_a_picture_that_the_codec_makes_too_large_is_refused_with_the_largest_ti
     assert replace(model, codec=replace(codec, tile=tile)).plan(size, budget).codec_tile < least.codec_tile
     with pytest.raises(PictureTooLarge):
         replace(model, codec=replace(codec, tile=tile + 1)).plan(size, budget)
+
+
+def test_a_gpu_holds_mix_ffn_whole():
+    # The meta device takes the same way: all tokens at once.
+    shape = BackboneConfig(width=64, num_blocks=1, ffn_ratio=8)
+    model = MemoryModel(config=ModelConfig(backbone=shape), num_experts=1, expert_parameters=0, dtype_bytes=2, device_type="cuda")
+    with torch.device("meta"), torch.inference_mode():
+        layer, tokens = MixFFN(shape.width, shape.ffn_width).to(torch.bfloat16), torch.empty(1, 1024, shape.width, dtype=torch.bfloat16)
+        with LiveBytes() as counted:
+            layer(tokens, (32, 32))
+    beside = (2 * shape.width + model.config.codec.latent_channels + 2 * shape.stem_width) * 2
+    assert model.activations_per_token() - beside == counted.peak / 1024
 
 
 @pytest.mark.parametrize("budget", [6 * 10**6, 20 * 10**6, 80 * 10**6])
