@@ -15,12 +15,12 @@ class LowResolutionStem(nn.Module):
     """Convolutions from LR pixels to the latent grid; no codec encoder is needed at inference.
 
     A grid with r LR pixels along a token's side needs log2(r) stride-2 convolutions: three for x4 with an f32
-    codec, none when the codec's factor equals the scale (a stride-1 convolution then takes their place).
+    codec, none when the codec's factor equals the scale (two stride-1 convolutions then take their place).
     Source: LinearSR section 3 (E_conv); method.md 2.8.
     """
 
     def __init__(self, lr_pixels_per_token: int, width: int) -> None:
-        """Make the convolutions; channels double from 64 until the last, which has `width`."""
+        """Make the convolutions; channels are 64, then 128, and `width` of the last."""
         super().__init__()
         halvings = lr_pixels_per_token.bit_length() - 1
         strides = [2] * halvings if halvings else [1, 1]

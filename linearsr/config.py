@@ -266,7 +266,7 @@ class SamplerConfig:
     temperature: float = 1.0
     """Standard deviation of the initial noise. 1 is the flow's own; less trades variety for fidelity."""
     times: tuple[float, ...] | None = None
-    """Noise levels at which the network is evaluated, descending from 1; None takes `grid`."""
+    """Noise levels at which the network is evaluated, descending, in (0, 1]; None takes `grid`."""
     grid: Literal["uniform", "sana", "flow-euler"] = "uniform"
     """Where the steps lie, before the shift: `uniform`, u = 1 - i / N; `sana`, its solver's 0.999 (1 - i / N); `flow-euler`, evenly
     from 1 to nearly 0, as diffusers' flow Euler scheduler, so that few steps reach the detail expert. method.md 1.5, 3.7."""
@@ -309,6 +309,11 @@ class DegradationConfig:
     """Standard deviation of additive Gaussian noise, in 8-bit levels."""
     jpeg_quality: tuple[int, int] = (70, 95)
     """JPEG quality of the LR image."""
+
+    @property
+    def sharpens_target(self) -> bool:
+        """Whether training aims at a sharpened HR: never with this preset."""
+        return False
 
     def __post_init__(self) -> None:
         """Check that ranges ascend and stay legal."""

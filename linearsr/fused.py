@@ -157,10 +157,6 @@ def _token_bands(x_BNC: Tensor) -> list[slice]:
     return bands(x_BNC.shape[1], x_BNC.shape[0] * x_BNC.shape[2], x_BNC)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 

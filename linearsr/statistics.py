@@ -7,7 +7,8 @@ from linearsr.config import LatentStatistics, ModelConfig
 from linearsr.latent import LatentSpace
 
 SMALLEST_STD = 1e-3
-"""Floor of every deviation, in units of pixels in [-1, 1]: channels that never vary must not be blown up."""
+"""Floor of every deviation, of latents in units of pixels in [-1, 1], of what LR leaves open in units of the latents' deviation:
+channels that never vary must not be blown up."""
 
 
 def measure_statistics(config: ModelConfig, hr: Tensor, lr: Tensor) -> LatentStatistics:

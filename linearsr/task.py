@@ -82,12 +82,14 @@ class SuperResolutionTask:
         With the image's `latent` (c, H // f, W // f) by the model's codec the crop lies on its grid, and its part (c, h, w) is added.
 
         Raises:
-            ValueError: if there is a latent, but augmentation is on or the image is smaller than a crop.
+            ValueError: if there is a latent, but augmentation is on, the target sharpened or the image smaller than a crop.
         """
         if latent is None:
             return self._example(augment(image, self.config.crop_px, self.config.augmentation, rng), tags, rng)
         if self.config.augmentation != PLAIN:
             raise ValueError(f"augmentation: got {self.config.augmentation} with latents of pictures as they are; expected {PLAIN}")
+        if self.config.degradation.sharpens_target:
+            raise ValueError("degradation: got a sharpened target with latents of pictures as they are; expected l1_gt_usm: false")
         crop, part = crop_on_grid(image, latent, self.config.crop_px, self.config.model.codec.factor, rng)
         return self._example(crop, tags, rng) | {"latent": part}
 

@@ -1,5 +1,6 @@
 """Latents in shards: training takes them for what the codec would have made, and never those of another codec."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import AugmentationConfig, BackboneConfig, CodecConfig, DegradationConfig, LatentStatistics, ModelConfig
+from linearsr.degradation_config import RealEsrganDegradation
 from linearsr.task import PLAIN, SuperResolutionTask
 from linearsr.task_config import TaskConfig
 from linearsr_platform.data.extras import LatentMaker
@@ -76,13 +78,23 @@ def test_a_latent_that_does_not_fit_is_refused() -> None:
         make_task().transform(image[:28], [], rng, np.zeros((48, 7, 9), np.float16))
     with pytest.raises(ValueError, match=r"augmentation: got .*flips=True.* with latents"):
         make_task(AugmentationConfig()).transform(image, [], rng, np.zeros((48, 10, 9), np.float16))
+    task = make_task()
+    sharpening = SuperResolutionTask(replace(task.config, degradation=RealEsrganDegradation()))
+    with pytest.raises(ValueError, match=r"got a sharpened target with latents .* l1_gt_usm: false"):
+        sharpening.transform(image, [], rng, np.zeros((48, 10, 9), np.float16))
 
 
 def test_a_recipe_with_latents_and_augmentation_or_small_photographs_is_refused() -> None:
     with pytest.raises(RecipeErrors) as caught:
         load_recipe(str(SMOKE), overrides=["data.latents=true", "data.min_side_px=16"])
     assert {error.key for error in caught.value.errors} == {"augmentation", "data.min_side_px"}
-    load_recipe(str(SMOKE), overrides=["data.latents=true", "data.min_side_px=128", PLAIN_YAML])
+    plain = ["data.latents=true", "data.min_side_px=128", PLAIN_YAML]
+    load_recipe(str(SMOKE), overrides=plain)
+    # Training would aim at the pictures, and validation at their sharpened copies.
+    with pytest.raises(RecipeErrors, match=r"degradation\.l1_gt_usm: .*not sharpened"):
+        load_recipe(str(SMOKE), overrides=[*plain, "degradation={preset: stablesr}"])
+    load_recipe(str(SMOKE), overrides=[*plain, "degradation={preset: stablesr, l1_gt_usm: false}"])
+    load_recipe(str(SMOKE), overrides=[*plain, "degradation={preset: invsr}"])
 
 
 def test_data_with_latents_of_another_codec_is_refused_and_prepared_again(manifest: Manifest, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["data.validation_px=64"], "data.validation_px"),
         (["sampler.history=keep"], "sampler.history"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
+        (["cluster.gpus_per_worker=0.5", "cluster.num_gpus=1", "pretrain.workers=2"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
     ],
 )

@@ -50,6 +50,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("model.codec", "validation.crop_px"), _validation_crop)
     yield Rule(("data.validation_px", "validation.crop_px"), _validation_strip)
     yield Rule(("data.latents", "augmentation"), _latents_stay_as_they_are)
+    yield Rule(("data.latents", "degradation"), _latents_are_the_target)
     for key in ("validation.metrics", "evaluate.metrics"):
         yield Rule((key,), partial(_known, key))
     yield Rule(("validation.metrics", "validation.weights"), _validation_has_weights)
@@ -59,7 +60,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("evaluate", "promote.rules"), _gate_is_measured)
     yield Rule(("experts.boundaries",), _boundaries_ascend)
     yield Rule(("experts.boundaries", "experts.anchor", "search"), _anchor_splits_range)
-    yield Rule(("cluster",), _devices)
+    yield Rule(("cluster", *(f"{where}.workers" for where in TRAINING_STAGES)), _devices)
     yield Rule(("search", "validation.metrics"), _search_is_measured)
     yield Rule(("search",), _rungs_ascend)
     yield Rule(("search",), _experts_fit_range)
@@ -272,6 +273,10 @@ def _devices(recipe: Recipe) -> Iterator[Broken]:
     if cluster.address is None and cluster.gpus_per_worker > cluster.num_gpus:
         rule = f"at most cluster.num_gpus, {cluster.num_gpus}, on a local cluster"
         yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, rule)
+    several = [where for where in TRAINING_STAGES if recipe.training_stage(where).workers > 1]
+    if 0 < cluster.gpus_per_worker < 1 and several:
+        rule = f"at least 1 where {several[0]}.workers is above 1: the workers of one trainer cannot share a GPU"
+        yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, rule, "give each a whole one, or take one worker")
 
 
 def _batch_divides(_: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
@@ -316,6 +321,13 @@ def _latents_stay_as_they_are(recipe: Recipe) -> Iterator[Broken]:
         value = {"flips": given.flips, "scales": list(given.scales), "colour": given.colour}
         rule = "flips: false, scales: [1.0, 1.0], colour: false with data.latents, which are those of the pictures as they are"
         yield Broken("augmentation", value, rule, "switch it off, or data.latents")
+
+
+def _latents_are_the_target(recipe: Recipe) -> Iterator[Broken]:
+    """Otherwise training would aim at the picture, and validation at its sharpened copy."""
+    if recipe.data.latents and recipe.degradation.sharpens_target:
+        rule = "false with data.latents, which are those of the pictures as they are, not sharpened"
+        yield Broken("degradation.l1_gt_usm", True, rule, "set it, or switch off data.latents")
 
 
 def _knee_is_measured(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Broken]:
