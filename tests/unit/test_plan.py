@@ -39,6 +39,7 @@ def test_zero_shares_out_what_its_stage_says(stage: int, precision: str, dtype: 
     assert memory.weights == 1000 * dtype / shares[2]
     assert memory.activations == 7
     assert memory.restore_points == 2 * memory.checkpoint_copy == 32000 / shares[0]
+    assert footprint(recipe(*settings).pretrain, parameters=1000, activation_bytes=7, gpu=True).checkpoint_copy == 2**14 / shares[0]
 
 
 def test_activations_are_those_of_a_real_forward() -> None:

@@ -141,7 +141,7 @@ def _plan_stage(
     problems: list[str],
 ) -> TrainingPlan:
     size = network_size(recipe.model, train)
-    memory = footprint(train, parameters=size.parameters, activation_bytes=size.activation_bytes)
+    memory = footprint(train, parameters=size.parameters, activation_bytes=size.activation_bytes, gpu=share.gpus > 0)
     at_once = _at_once(name, train, trainers, share, machines, memory, problems)
     cpus = sum(machine.count * machine.cpus for machine in machines)
     loop = train_seconds(train, pace or Pace(samples_per_s=None, source=""))

@@ -4,6 +4,7 @@ Source: ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1 and 5), wit
 """
 
 from dataclasses import dataclass
+from math import ceil, log2
 
 from linearsr_platform.recipe.train_schema import TrainConfig
 
@@ -55,13 +56,14 @@ class Footprint:
         return self.restore_points + self.checkpoint_copy + self.fixed + (0.0 if gpu else self.model)
 
 
-def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float) -> Footprint:
+def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, gpu: bool = False) -> Footprint:
     """Return what one worker of a training stage takes.
 
     Args:
         train: the stage.
         parameters: of the network, all of them trained.
         activation_bytes: of one micro-batch.
+        gpu: whether it trains on one, so that checkpoints are copied through pinned memory.
     """
     stage, workers = train.zero.stage, train.workers
     dtype = 2 if train.precision == "bfloat16" else FLOAT32
@@ -77,7 +79,8 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float) -
         average=owned * FLOAT32,
         activations=activation_bytes,
         restore_points=RESTORE_POINTS * state if train.guard.enabled else 0.0,
-        checkpoint_copy=state,
+        # Torch takes pinned memory in powers of two.
+        checkpoint_copy=float(2 ** ceil(log2(state))) if gpu else state,
         fixed=PROCESS_BYTES + READER_BYTES,
     )
 
