@@ -1,7 +1,10 @@
 """The compose files, the launcher's files and monitoring: valid, shut, pinned, and about things that exist."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -11,6 +14,7 @@ import jsonschema
 import promql_parser
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
@@ -177,6 +181,24 @@ def test_dashboards_take_their_source_from_a_variable_and_panels_do_not_overlap(
             taken |= cells
 
 
+def test_the_bucket_is_made_where_it_is_missing_and_left_alone_where_it_is(root: Path) -> None:
+    pod = next(one for one in yaml.safe_load_all((root / "infra/mlflow/kubernetes/mlflow.yaml").read_text()) if one["kind"] == "Deployment")
+    (init,) = pod["spec"]["template"]["spec"]["initContainers"]
+    command = _load(root / "infra/mlflow/compose.yaml")["services"]["bucket"]["command"]
+    assert command == init["command"]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
+        for _ in range(2):
+            subprocess.run(
+                [sys.executable, *command[1:]], check=True, env={**os.environ, **keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+            )
+    finally:
+        server.stop()
+
+
 def test_prometheus_scrapes_what_ray_writes_and_reads_the_rules(root: Path) -> None:
     folder = root / "infra/monitoring"
     machine, cluster = _load(folder / "prometheus.yml"), _load(folder / "prometheus-kubernetes.yml")
@@ -185,6 +207,7 @@ def test_prometheus_scrapes_what_ray_writes_and_reads_the_rules(root: Path) -> N
     assert path in template
     for config in (machine, cluster):
         assert config["scrape_configs"][0]["job_name"] == "ray"
+        assert config["scrape_configs"][0]["honor_labels"] is True, "or Prometheus calls the trainers' label `job` `exported_job`"
         (pattern,) = config["rule_files"]
         assert list(folder.glob(pattern))
     ports = re.findall(r"name: metrics, containerPort: (\d+)", (root / "infra/kuberay/raycluster.yaml").read_text())
