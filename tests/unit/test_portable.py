@@ -24,11 +24,20 @@ def test_a_recipe_means_the_same_where_it_arrives(name: str, tmp_path: Path) -> 
     assert len(set(tables[1])) == 1
 
 
+def test_settings_that_decide_no_result_travel_too(tmp_path: Path) -> None:
+    given = ["storage=/data/runs", "data.cache_gb=500", "data.cache_folder=/nvme/cache", "experts.train.loader_workers=6"]
+    loaded = load_recipe(str(PIPELINES / "smoke.yaml"), None, given)
+    write_portable(loaded, tmp_path, address="auto")
+    arrived = load_recipe(str(tmp_path / RECIPE_FILE)).recipe
+    assert (arrived.data.cache_gb, arrived.data.cache_folder) == (500, "/nvme/cache")
+    assert (arrived.experts.train.loader_workers, arrived.pretrain.loader_workers) == (6, 0)
+
+
 def test_what_means_something_here_alone_is_refused(tmp_path: Path) -> None:
-    settings = ["data.sources.mine=photos", "tracking.uri=http://me:secret@mlflow:5000"]
+    settings = ["data.sources.mine=photos", "data.cache_folder=cache", "tracking.uri=http://me:secret@mlflow:5000"]
     with pytest.raises(RecipeErrors) as raised:
         write_portable(load_recipe(str(PIPELINES / "smoke.yaml"), None, settings), tmp_path, address="auto")
-    assert [problem.key for problem in raised.value.errors] == ["storage", "data.sources.mine.url", "tracking.uri"]
+    assert [problem.key for problem in raised.value.errors] == ["storage", "data.cache_folder", "data.sources.mine.url", "tracking.uri"]
     assert "secret@" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 
+import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
@@ -20,8 +22,14 @@ from linearsr_platform.recipe.identity import stable_hash
 RUN, RECIPE, USER, KIND = "linearsr.run", "linearsr.recipe", "linearsr.user", "linearsr.kind"
 """Keys of a job's metadata, which everybody with access to the cluster can read."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+UNANSWERED = (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout)
+"""What says that there is nobody at an address, or not now."""
 POLL_S = 0.5
 RECONNECT_S = 2.0
+PATIENCE_S = 300.0
+"""How long a log is waited for that was lost on the way, s."""
+STOP_S = 45
+"""How long a stopped job gets to write what it has to before it is killed, s: Ray's 3 s end it half-way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,9 @@ class JobClient:
         for job in earlier:
             if not job.ended:
                 raise self._running(job.id, submission.run)
-        job_id = f"linearsr-{submission.name}-{stable_hash(submission.run)[:6]}-{len(earlier) + 1}"
+        # Not their count: whoever deletes an old job would make the next one have the number of a living one.
+        number = 1 + max((int(job.id.rpartition("-")[2]) for job in earlier), default=0)
+        job_id = f"linearsr-{submission.name}-{stable_hash(submission.run)[:6]}-{number}"
         metadata = {RUN: submission.run, RECIPE: submission.recipe_hash, USER: submission.user, KIND: submission.kind}
         entrypoint = " ".join([submission.python, "-m", "linearsr_platform", *submission.command])
         with self._answers():
@@ -113,7 +123,7 @@ class JobClient:
                     runtime_env={
                         "working_dir": str(submission.folder),
                         "py_modules": [str(folder) for folder in package_folders()],
-                        "env_vars": dict(submission.env),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), **submission.env},
                     },
                     metadata=metadata,
                     entrypoint_num_cpus=submission.cpus or None,
@@ -155,11 +165,15 @@ class JobClient:
             return str(self._client.get_job_logs(job.id))
 
     def follow(self, job: Job) -> Iterator[str]:
-        """Yield what a job prints, from its beginning to its end, across lost connections."""
-        seen = 0
+        """Yield what a job prints, from its beginning to its end, across lost connections.
+
+        Raises:
+            UserError, StageError: if the cluster has not answered for `PATIENCE_S`.
+        """
+        seen, heard = 0, time.monotonic()
         while True:
             position = 0
-            with self._answers():
+            try:
                 for piece in _synchronously(self._client.tail_job_logs(job.id)):
                     # After a lost connection the log comes from its beginning again.
                     new = piece[max(0, seen - position) :]
@@ -167,11 +181,23 @@ class JobClient:
                     if new:
                         seen += len(new)
                         yield new
-            if self.find(job.id).ended:
-                rest = self.logs(job)[seen:]
+                    heard = time.monotonic()
+            except (RuntimeError, OSError, aiohttp.ClientError):
+                # A forwarded port that is gone for a while is no reason to leave a job that goes on; what else is wrong `find` says.
+                pass
+            try:
+                ended = self.find(job.id).ended
+                rest = self.logs(job)[seen:] if ended else ""
+            except (UserError, StageError) as error:
+                passes = isinstance(error, StageError) or isinstance(error.__cause__, UNANSWERED)
+                if not passes or time.monotonic() - heard > PATIENCE_S:
+                    raise
+            else:
+                heard = time.monotonic()
                 if rest:
                     yield rest
-                return
+                if ended:
+                    return
             time.sleep(RECONNECT_S)
 
     def stop(self, job: Job, *, wait_s: float) -> Job:
@@ -200,7 +226,7 @@ class JobClient:
                 f"--address: {self._address} {'asks for a token' if missing else 'refused the token'}; expected the token of the cluster; "
                 "fix: --token-file FILE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or put it into ~/.ray/auth_token"
             ) from error
-        except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        except UNANSWERED as error:
             raise UserError(
                 f"--address: got {self._address}, which does not answer; expected the dashboard of a running Ray cluster, "
                 "such as http://HOST:8265; fix: start it, or forward its port"
@@ -241,6 +267,10 @@ def _synchronously(stream: AsyncIterator[str]) -> Iterator[str]:
 
 
 def default_python(address: str) -> str:
-    """Return the interpreter that a job on the cluster should use: this one where the cluster is on this machine."""
+    """Return the interpreter that a job on the cluster should use, as its head's shell reads it.
+
+    This one where the cluster is on this machine: an address that looks like it may be a forwarded port, so the head looks for itself.
+    """
     host = address.partition("://")[2] or address
-    return sys.executable if host.startswith(("127.0.0.1", "localhost", "[::1]")) else "python"
+    is_local = host.startswith(("127.0.0.1", "localhost", "[::1]"))
+    return f'"$(command -v {quote(sys.executable)} || command -v python)"' if is_local else "python"

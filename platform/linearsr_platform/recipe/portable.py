@@ -1,9 +1,11 @@
 """A loaded recipe as a folder that means the same on another machine: every setting written out, tables beside it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from pydantic import BaseModel
 
 from linearsr_platform import storage
 from linearsr_platform.errors import RecipeErrors, RecipeProblem
@@ -30,7 +32,8 @@ def write_portable(loaded: LoadedRecipe, folder: Path, *, address: str) -> None:
     problems = [*_local_paths(loaded), *_passwords(loaded.resolved)]
     if problems:
         raise RecipeErrors(problems)
-    settings = {**loaded.resolved, "cluster": {**_section(loaded.resolved["cluster"]), "address": address}}
+    settings = _with_excluded(loaded.recipe, loaded.resolved)
+    settings["cluster"] = {**_section(settings["cluster"]), "address": address}
     data = _section(settings["data"])
     sources = {name: _section(source) for name, source in _section(data["sources"]).items()}
     # By table: every file that a table names must be in one of the sources that share it.
@@ -44,9 +47,22 @@ def write_portable(loaded: LoadedRecipe, folder: Path, *, address: str) -> None:
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def _with_excluded(model: BaseModel, plain: Mapping[str, object]) -> dict[str, object]:
+    """Add the settings that are no part of a recipe's identity, such as caches and loaders: they are settings all the same."""
+    found = dict(plain)
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if field.exclude:
+            found[name] = value
+        elif isinstance(value, BaseModel) and isinstance(inner := found.get(name), dict):
+            found[name] = _with_excluded(value, inner)
+    return found
+
+
 def _local_paths(loaded: LoadedRecipe) -> list[RecipeProblem]:
     """Find relative paths: a job has a working directory of its own, which goes when it ends."""
     values = {key: _value(loaded.resolved, key) for key in PATHS}
+    values["data.cache_folder"] = loaded.recipe.data.cache_folder
     values |= {f"data.sources.{name}.url": source.url for name, source in loaded.recipe.data.sources.items()}
     return [
         RecipeProblem(

@@ -1,0 +1,82 @@
+"""What the client of a cluster's jobs decides by itself: how a log is followed across lost connections, and which Python runs a job."""
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobType
+
+from linearsr_platform.cluster import jobs
+from linearsr_platform.cluster.jobs import RUN, Job, JobClient, default_python
+from linearsr_platform.errors import UserError
+
+LOG = "step 1\nstep 2\nstep 3\n"
+
+
+class Connection:
+    """Stands in for Ray's client: the log's connection breaks after a number of characters, and then nobody answers for a while."""
+
+    def __init__(self, *breaks: int, unanswered: int = 0) -> None:
+        self.breaks, self.unanswered = list(breaks), unanswered
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        length = self.breaks.pop(0) if self.breaks else len(LOG)
+        yield LOG[:length]
+        if length < len(LOG):
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def list_jobs(self) -> list[JobDetails]:
+        if self.unanswered:
+            self.unanswered -= 1
+            raise requests.exceptions.ConnectionError
+        status = JobStatus.RUNNING if self.breaks else JobStatus.SUCCEEDED
+        return [
+            JobDetails(type=JobType.SUBMISSION, submission_id="linearsr-a-1", status=status, entrypoint="", metadata={RUN: "s3://runs/a"})
+        ]
+
+    def get_job_logs(self, job_id: str) -> str:
+        return LOG
+
+
+def follow(connection: Connection) -> str:
+    client = JobClient.__new__(JobClient)
+    client._client, client._address = connection, "http://head:8265"  # type: ignore[assignment]
+    job = Job(
+        id="linearsr-a-1",
+        run="s3://runs/a",
+        kind="run",
+        state="RUNNING",
+        user="",
+        recipe_hash="",
+        started_s=None,
+        ended_s=None,
+        exit_code=None,
+        message="",
+    )
+    return "".join(client.follow(job))
+
+
+def test_a_log_comes_whole_and_once_across_lost_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.0)
+    assert follow(Connection()) == LOG
+    assert follow(Connection(9, 4, 12, unanswered=5)) == LOG
+
+
+def test_a_cluster_that_stays_away_is_named_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.01)
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.1)
+    with pytest.raises(UserError, match="which does not answer"):
+        follow(Connection(9, unanswered=10**6))
+
+
+def test_the_head_decides_which_python_where_its_address_may_be_a_forwarded_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(word: str) -> str:
+        return subprocess.run(f"echo {word}", shell=True, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert default_python("http://head:8265") == "python"
+    assert shown(default_python("http://127.0.0.1:8265")) == sys.executable
+    monkeypatch.setattr(sys, "executable", "/of another/machine/python")
+    assert shown(default_python("http://localhost:8265")).endswith("python")
+    assert "another" not in shown(default_python("http://localhost:8265"))
