@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from prepared_photos import config, everything, fill, images, photo, run
 
 from linearsr_platform import storage
+from linearsr_platform.data.labels import Label
 from linearsr_platform.data.manifest import load_manifest, verify_shards
+from linearsr_platform.data.plan import make_keys
+from linearsr_platform.data.sources import Candidate
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 
@@ -243,3 +246,11 @@ def test_the_quickstart_table_fits_the_installed_packages(tmp_path: Path, root: 
     assert not manifest.quarantined
     held_out_tags = {tag for _, meta in images(manifest, tmp_path, "held-out").values() for tag in meta["tags"]}
     assert {"sky", "rocket", "wood", "plant"} <= held_out_tags & set(manifest.vocabulary)
+
+
+def test_keys_fit_a_tar_s_header_with_every_suffix_and_differ() -> None:
+    names = [f"{'folder/' * 20}{number}.jpg" for number in range(3)] + ["猫.jpg", "犬.jpg", "short.jpg"]
+    keys = make_keys([Candidate("mine", name, name, Label()) for name in names])
+    assert len(set(keys)) == len(names)
+    assert keys[-1] == "mine-short"
+    assert max(map(len, keys)) + len(".text_lr.npy") <= 100

@@ -118,6 +118,8 @@ class _Teller(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._claims.release(trial.trial_id)
+        # Of a trial whose process never came up nobody has heard yet.
+        self._observer.on_start(trial.trial_id, trial.config)
         self._observer.on_failure(trial.trial_id, _reason(trial))
 
 

@@ -269,8 +269,9 @@ def make_keys(candidates: Sequence[Candidate]) -> list[str]:
     paths = [f"{one.source}-{one.file.rpartition('.')[0].replace('/', '-')}" for one in candidates]
     plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", path)[:MAX_KEY_LENGTH] for path in paths]
     count = Counter(plain)
-    marks = [hashlib.sha256(one.name.encode()).hexdigest()[:8] for one in candidates]
-    return [key if count[key] == 1 else f"{key}-{mark}" for key, mark in zip(plain, marks, strict=True)]
+    # 64 bits: of 100,000 names that no letter is left of, 32 would give two the same mark.
+    marks = [hashlib.sha256(one.name.encode()).hexdigest()[:16] for one in candidates]
+    return [key if count[key] == 1 else f"{key[: MAX_KEY_LENGTH - 17]}-{mark}" for key, mark in zip(plain, marks, strict=True)]
 
 
 def _checked(candidate: Candidate, config: DataConfig) -> Photo:

@@ -22,8 +22,8 @@ class ProfileSection(Section):
 class ScoreSection(Section):
     """How a trial is scored: its experts together restore held-back crops as a release would."""
 
-    crops: Count = 32
-    """Crops from the held-back strips; the same noise and degradation for every trial."""
+    crops: Annotated[int, Field(ge=2)] = 32
+    """Crops from the held-back strips, at least 2; the same noise and degradation for every trial."""
     crop_px: Count = 128
     batch_size: Count = 8
     steps: Count = 12

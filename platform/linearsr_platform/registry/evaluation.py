@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite, nan
 from typing import Any
 
+from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.registry.intervals import mean_intervals
 
 ImageValues = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -73,7 +73,7 @@ class ProtocolTable:
         plain["intervals"] = {row: {metric: list(ends) for metric, ends in found.items()} for row, found in self.intervals.items()}
         if with_values:
             plain["values"] = {row: {metric: dict(images) for metric, images in metrics.items()} for row, metrics in self.values.items()}
-        finite: dict[str, Any] = _finite(plain) if strict else plain
+        finite: dict[str, Any] = null_for_nan(plain) if strict else plain
         return finite
 
 
@@ -119,26 +119,14 @@ def _old_name(protocol: Mapping[str, object]) -> str:
     return str(protocol.get("metrics", "unnamed")).partition(":")[0]
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def _number(value: float | None) -> float:
-    return nan if value is None else float(value)
-
-
 def _table(value: Mapping[str, Any]) -> ProtocolTable:
-    rows = {row: {metric: _number(mean) for metric, mean in means.items()} for row, means in value["rows"].items()}
+    rows = {row: {metric: nan_for_null(mean) for metric, mean in means.items()} for row, means in value["rows"].items()}
     values: ImageValues = {
-        row: {metric: {image: _number(number) for image, number in images.items()} for metric, images in metrics.items()}
+        row: {metric: {image: nan_for_null(number) for image, number in images.items()} for metric, images in metrics.items()}
         for row, metrics in value.get("values", {}).items()
     }
     intervals = {
-        row: {metric: (_number(low), _number(high)) for metric, (low, high) in found.items()}
+        row: {metric: (nan_for_null(low), nan_for_null(high)) for metric, (low, high) in found.items()}
         for row, found in value.get("intervals", {}).items()
     }
     return ProtocolTable(

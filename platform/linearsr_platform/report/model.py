@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Literal
 
 from linearsr.metric_table import METRICS
+from linearsr_platform.json_numbers import null_for_nan
 
 EstimateKind = Literal["bicubic", "one_step", "routed"]
 CURVE_AXES = ("step", "seconds")
@@ -245,12 +246,4 @@ class ReportData:
 
     def to_json(self) -> str:
         """Return the data as strict JSON; numbers that are not finite become null."""
-        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+        return json.dumps(null_for_nan(asdict(self)), indent=1, allow_nan=False)

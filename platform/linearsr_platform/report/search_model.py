@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from linearsr.noise_profile import NoiseProfile
 from linearsr.partition import Proposal
+from linearsr_platform.json_numbers import null_for_nan
 from linearsr_platform.report.markup import metric_label
 
 TrialState = Literal["queued", "running", "stopped", "done", "failed"]
@@ -109,7 +110,7 @@ class SearchReport:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; numbers that are not finite become None."""
         fields = asdict(self) | {"profile": None if self.profile is None else self.profile.to_json()}
-        finite: dict[str, Any] = _finite(fields)
+        finite: dict[str, Any] = null_for_nan(fields)
         return finite
 
     @property
@@ -192,11 +193,3 @@ def score_text(value: float, error: float | None, *, signed: bool = False, plus_
     decimals = min(6, max(2, 1 - floor(log10(error)))) if error is not None and known else 4
     written = f"{value:{'+' if signed else ''}.{decimals}f}"
     return f"{written} {plus_minus} {error:.{decimals}f}" if known else written
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value

@@ -79,7 +79,9 @@ def contenders_of(context: RunContext) -> list[Contender]:
     """Return the best trials of the last rung, then the paper's boundaries, uniform ones and a single expert, each once."""
     section = section_of(context)
     rows = ranked(ledger_of(context).rows(section.rungs, {}), metric_spec(section.metric).higher_is_better)
-    best = [row for row in rows if row.has_score][: section.finalists.top]
+    # A small space is soon tried out, and a trial of known boundaries has the score of the first.
+    first = {row.boundaries: row for row in reversed(rows) if row.has_score}
+    best = [row for row in rows if row is first.get(row.boundaries)][: section.finalists.top]
     experts = len(best[0].boundaries) + 1
     found = [Contender(label="best found" if index == 0 else row.name, boundaries=row.boundaries) for index, row in enumerate(best)]
     references = [

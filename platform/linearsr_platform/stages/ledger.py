@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linearsr_platform import storage
+from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.report.search_model import TrialRow, TrialState
 
 PREFIX = "trial-"
@@ -74,7 +75,8 @@ class Ledger:
     def put(self, record: TrialRecord) -> None:
         """Keep a record, whole or not at all."""
         self.records[record.name] = record
-        storage.write_json(storage.join(self._url, f"{record.name}.json"), asdict(record))
+        # A trial whose picture has a broken pixel has no score, and is no reason to end the search.
+        storage.write_json(storage.join(self._url, f"{record.name}.json"), null_for_nan(asdict(record)))
 
     def begin(self, config: Mapping[str, int], boundaries: tuple[float, ...], origin: str) -> TrialRecord:
         """Return the record of a trial that begins: the one that was interrupted with this very config, or a new one."""
@@ -136,5 +138,11 @@ def _row(record: TrialRecord, trained: int, last_rung: int, doing: str) -> Trial
 
 
 def _record(value: Any) -> TrialRecord:
-    results = tuple(RungResult(**{**result, "experts": tuple(result["experts"])}) for result in value["results"])
+    results = tuple(_result(result) for result in value["results"])
     return TrialRecord(**{**value, "boundaries": tuple(value["boundaries"]), "results": results})
+
+
+def _result(value: Any) -> RungResult:
+    scores = {name: nan_for_null(value[name]) for name in ("score", "score_error")}
+    measured = {metric: [nan_for_null(number) for number in numbers] for metric, numbers in value["measured"].items()}
+    return RungResult(**{**value, **scores, "measured": measured, "experts": tuple(value["experts"])})

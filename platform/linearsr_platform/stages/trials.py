@@ -17,6 +17,7 @@ from linearsr_platform.cluster.sweep import run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
 from linearsr_platform.errors import StageError
+from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.report.search_model import TrialRow, ranked
 from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
@@ -106,16 +107,19 @@ def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ..
         weights = plan.store.template.init_weights
         assert weights is not None  # noqa: S101 (experts start from the pre-trained network)
         (measured,) = measure_all(plan.scoring, [Candidate(boundaries=(), weights=(weights,))], trial_share(context))
-        storage.write_json(file, measured)
-    found: Any = storage.read_json(file)
-    return tuple(found[plan.metric])
+        storage.write_json(file, null_for_nan(measured))
+    return _baseline_scores(url, plan.metric)
 
 
 def start_of(context: RunContext) -> float:
     """Return what the network that all experts start from scored in the finished stage."""
-    measured: Any = storage.read_json(storage.join(context.results["trials"].url, BASELINE_FILE))
-    values: list[float] = measured[section_of(context).metric]
+    values = _baseline_scores(context.results["trials"].url, section_of(context).metric)
     return sum(values) / len(values)
+
+
+def _baseline_scores(url: str, metric: str) -> tuple[float, ...]:
+    found: Any = storage.read_json(storage.join(url, BASELINE_FILE))
+    return tuple(nan_for_null(value) for value in found[metric])
 
 
 def best_of(rows: list[TrialRow], *, higher_is_better: bool) -> TrialRow:
