@@ -254,3 +254,10 @@ def test_keys_fit_a_tar_s_header_with_every_suffix_and_differ() -> None:
     assert len(set(keys)) == len(names)
     assert keys[-1] == "mine-short"
     assert max(map(len, keys)) + len(".text_lr.npy") <= 100
+
+
+def test_two_held_out_photographs_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "a/cat.png", "b/cat.png", "dog.png")
+    with pytest.raises(UserError, match=r"data\.held_out: got .*a/cat\.png and .*b/cat\.png, both named 'cat'"):
+        run(config(tmp_path / "in", held_out=("cat",)), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))

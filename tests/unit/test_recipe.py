@@ -323,3 +323,11 @@ def test_rules_on_several_protocols_find_their_metrics_and_are_kept_with_their_p
     one = load_recipe(write(MINIMAL), None, ["promote.rules=[{rule: no_regression}, {rule: knee_found}]"]).recipe
     assert [getattr(rule, "protocol", "-") for rule in one.gate.rules] == ["quickstart", "-"]
     assert one.promote.rules[0].protocol is None
+
+
+def test_a_recipe_as_it_is_kept_holds_no_password(write):
+    loaded = load_recipe(write(MINIMAL), None, ["tracking.uri=postgresql://me:hush@host/mlflow"])
+    assert loaded.recipe.tracking.uri == "postgresql://me:hush@host/mlflow"
+    assert "hush" not in str(loaded.resolved)
+    other = load_recipe(write(MINIMAL), None, ["tracking.uri=postgresql://me:changed@host/mlflow"])
+    assert other.hash == loaded.hash

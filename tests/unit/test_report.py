@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -142,6 +143,13 @@ def test_every_picture_and_chart_has_a_text_alternative():
     assert any("24.00 at the knee, step 30" in label for label in labels)
     assert any("bicubic 0.1313" in label for label in labels)
     assert any("expert-1 owns t 0.939 to 1.000" in label for label in labels)
+
+
+def test_of_many_photographs_the_first_are_shown_and_the_rest_counted():
+    rows = tuple(replace(row, per_photograph={str(number): {} for number in range(30)}) for row in report().evaluation)
+    many = render_report(report(evaluation=rows), [photograph(np.random.default_rng(0))])
+    assert "The first 1 of 30 photographs; all are in" in many
+    assert "photographs; all are in" not in render_report(report(), [photograph(np.random.default_rng(0))])
 
 
 def test_text_from_outside_is_escaped():

@@ -62,6 +62,7 @@ def prepare(
         reasons = "; ".join(f"{one.file}: {one.reason}" for one in refused[:REASONS_SHOWN])
         raise UserError(f"data.sources: got {len(refused)} files, none of which can be used ({reasons}); expected photographs")
     splits = split_photos(photos, config, min_shards)
+    _check_held_out(splits["held-out"])
     storage.remove(storage.join(output_url, FILE))
     content = Content(config, text, latents)
     try:
@@ -96,6 +97,24 @@ def _write(
         done += info.samples
         report(done, total, "writing samples")
     return split_infos(splits, infos)
+
+
+def _check_held_out(cuts: Sequence[Cut]) -> None:
+    """Refuse, before anything is trained on the others, names under which two photographs could not be told apart when evaluated.
+
+    Raises:
+        UserError: naming both.
+    """
+    known: dict[str, str] = {}
+    for cut in cuts:
+        candidate = cut.photo.candidate
+        name = candidate.stem
+        if name in known:
+            raise UserError(
+                f"data.held_out: got {known[name]} and {candidate.name}, both named {name!r}; expected names that differ; "
+                "fix: rename one, or hold out another"
+            )
+        known[name] = candidate.name
 
 
 def _manifest(

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 from linearsr_platform import storage
 from linearsr_platform.errors import RecipeErrors, RecipeProblem
@@ -28,7 +30,8 @@ class LoadedRecipe:
     folder: str
     """Folder of the recipe file, absolute path or URL; tables of the data sources are relative to it."""
     resolved: dict[str, object]
-    """Every setting with its default filled in, JSON-able; without `sampler.history` unless it is set (see `SamplerConfig.to_plain`)."""
+    """Every setting with its default filled in, JSON-able; without `sampler.history` unless it is set (see `SamplerConfig.to_plain`).
+    It is kept and shown, so passwords in URLs are `***`."""
     hash: str
     """`stable_hash` of `resolved`."""
 
@@ -58,8 +61,17 @@ def load_recipe(path: str, profile: str | None = None, overrides: Sequence[str] 
     problems += [problem for problem in broken if problem.key not in unread]
     if problems:
         raise RecipeErrors(problems)
-    resolved: dict[str, object] = recipe.model_dump(mode="json")
+    resolved = _without_passwords(recipe.model_dump(mode="json"))
     return LoadedRecipe(recipe, storage.parent(path), resolved, stable_hash(resolved))
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_passwords(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(item) for item in value]
+    password = urlsplit(value).password if isinstance(value, str) and "://" in value else None
+    return value.replace(f":{password}@", ":***@") if password else value
 
 
 def _layers(path: str, profile: str | None, overrides: Sequence[str]) -> tuple[list[Layer], list[RecipeProblem]]:

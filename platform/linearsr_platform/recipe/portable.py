@@ -29,7 +29,7 @@ def write_portable(loaded: LoadedRecipe, folder: Path, *, address: str) -> None:
     Raises:
         RecipeErrors: if settings are paths that mean something on this machine only, or hold a password.
     """
-    problems = [*_local_paths(loaded), *_passwords(loaded.resolved)]
+    problems = [*_local_paths(loaded), *_passwords(loaded.recipe.model_dump(mode="json"))]
     if problems:
         raise RecipeErrors(problems)
     settings = _with_excluded(loaded.recipe, loaded.resolved)

@@ -13,8 +13,11 @@ PAGE_PX = 1120
 
 
 def photographs(data: ReportData, strips: Sequence[PhotoStrip]) -> Markup:
-    """Return one figure for each photograph."""
-    return join(*(_photograph(data, strip, index) for index, strip in enumerate(strips)))
+    """Return one figure for each photograph whose pictures are given, and say of how many."""
+    total = max((len(row.per_photograph) for row in data.evaluation), default=len(strips))
+    left = element("p", f"The first {len(strips)} of {total} photographs; all are in the run's folder `pictures`.")
+    figures = [_photograph(data, strip, index) for index, strip in enumerate(strips)]
+    return join(*figures, *([left] if 0 < len(strips) < total else []))
 
 
 def _photograph(data: ReportData, strip: PhotoStrip, index: int) -> Markup:

@@ -1,6 +1,6 @@
 """The report of a run: gathers what the stages left behind. Not a stage itself, for it is made anew every time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
@@ -33,15 +33,20 @@ from linearsr_platform.stages import evaluate
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.experts import boundaries_of
 from linearsr_platform.stages.prepare import manifest_of
+from linearsr_platform.tracking.store import without_password
 
+EMBEDDED = 12
+"""Photographs whose pictures are in the report itself: five versions of each are held in memory, and opened by a browser."""
 TRAINED = ("pretrain", "experts", "finetune")
 LABELS: dict[EstimateKind, str] = {"bicubic": "Bicubic", "one_step": "One step", "routed": "Routed"}
 
 
 def write(context: RunContext, records: Sequence[StageRecord], started: datetime) -> str:
     """Write `report.html` and one comparison strip a photograph into the run's folder; return the report's URL."""
-    strips = photo_strips(context)
-    for strip in strips:
+    strips: list[PhotoStrip] = []
+    for strip in photo_strips(context):
+        if len(strips) < EMBEDDED:
+            strips.append(strip)
         with storage.atomic_file(storage.join(context.run_url, "pictures", f"{strip.name}.png")) as path:
             comparison_strip(strip.images).save(path)
             context.pipeline_run.log_artifact(path, "pictures")
@@ -82,19 +87,17 @@ def gather(context: RunContext, records: Sequence[StageRecord], started: datetim
     )
 
 
-def photo_strips(context: RunContext) -> list[PhotoStrip]:
-    """Load the pictures that `evaluate` kept: LR, bicubic, one-step, routed, original."""
+def photo_strips(context: RunContext) -> Iterator[PhotoStrip]:
+    """Load the pictures that `evaluate` kept, a photograph at a time: LR, bicubic, one-step, routed, original."""
     if "evaluate" not in context.results:
-        return []
+        return
     result = context.results["evaluate"]
     labels = _labels(context)
-    strips = []
     for name in result.data["names"]:
         images = {"LR": _picture(result.url, evaluate.TEST_SET, "lr", f"{name}.png")}
         images |= {label: _picture(result.url, "pictures", f"{name}-{kind}.png") for kind, label in labels.items()}
         images["Original"] = _picture(result.url, evaluate.TEST_SET, "original", f"{name}.png")
-        strips.append(PhotoStrip(name=name, images=images))
-    return strips
+        yield PhotoStrip(name=name, images=images)
 
 
 def _picture(url: str, *parts: str) -> Image.Image:
@@ -186,7 +189,7 @@ def _tracking(context: RunContext) -> TrackingRecord:
     runs = {"pipeline": context.pipeline_run.run_id, **{name: result.run_id for name, result in context.results.items()}}
     registered = context.results["register"].data if "register" in context.results else None
     return TrackingRecord(
-        uri=context.tracker.uri,
+        uri=without_password(context.tracker.uri),
         experiment=context.recipe.tracking.experiment or context.recipe.name,
         run_ids=runs,
         model_uri=f"models:/{registered['name']}/{registered['version']}" if registered else None,
