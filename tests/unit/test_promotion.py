@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.promote_schema import PromoteSection
 from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
 from linearsr_platform.registry.gate import Contender, RuleOutcome, judge
-from linearsr_platform.registry.history import HistoryRow, append, fold, read_history, settle
+from linearsr_platform.registry.history import History, HistoryRow, append, fold, read_history, settle
 from linearsr_platform.registry.models import ModelVersion, aliases_of, list_models
 from linearsr_platform.registry.paired import paired_difference
 from linearsr_platform.registry.promotion import Waiting, promote, rollback
@@ -286,6 +287,64 @@ def test_a_row_that_was_sent_twice_counts_once_and_a_late_alias_is_put_right(tra
     assert aliases_of(client, "twice")["champion"] == 1
     assert settle(client, "twice").champion == 2
     assert aliases_of(client, "twice")["champion"] == 2
+
+
+def hang_before_the_alias(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
+    """Let something happen between the next promotion's row and its alias, as if that call hung."""
+
+    def hung(client: Any, name: str) -> History:
+        monkeypatch.undo()
+        meanwhile()
+        return settle(client, name)
+
+    monkeypatch.setattr("linearsr_platform.registry.promotion.settle", hung)
+
+
+def test_a_promotion_whose_alias_hung_until_another_went_on_is_told(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = tracker.client
+    for gain in (0.0, 1.0, -1.0):
+        add_version(tracker, "hung", gain)
+    promote(client, "hung", section=gate(NOT_WORSE), by="ada", version=1, waiting=waiting(0))
+    answers = []
+
+    def meanwhile() -> None:
+        answers.append(promote(client, "hung", section=gate(NOT_WORSE), by="eve", version=3, waiting=waiting(1000)))
+
+    hang_before_the_alias(monkeypatch, meanwhile)
+    hung = promote(client, "hung", section=gate(NOT_WORSE), by="bob", version=2, waiting=waiting(100))
+    assert [(answer.state, answer.champion_version) for answer in answers] == [("refused", 1)]
+    assert (hung.state, hung.promoted) == ("too late", False)
+    assert "eve made version 1 the champion before the alias had moved (moved outside, 1970-" in hung.reason
+    assert aliases_of(client, "hung")["champion"] == read_history(client, "hung").champion == 1
+
+    assert promote(client, "hung", section=gate(NOT_WORSE), by="bob", version=2, waiting=waiting(2000)).promoted
+    hang_before_the_alias(monkeypatch, lambda: promote(client, "hung", section=gate(), by="eve", version=2, waiting=waiting(4000)))
+    with pytest.raises(UserError, match=r"^rollback: eve made version 2 the champion before the alias had moved \(moved outside"):
+        rollback(client, "hung", by="bob", waiting=waiting(3000))
+
+
+def test_an_alias_that_lags_behind_a_fresh_row_is_waited_for(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = tracker.client
+    for gain in (0.0, 1.0, 0.5):
+        add_version(tracker, "slow", gain)
+    promote(client, "slow", section=gate(NOT_WORSE), by="ada", version=1, waiting=waiting(0))
+    answers, sleeps = [], []
+
+    def arrive(seconds: float) -> None:
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            settle(client, "slow")
+
+    def meanwhile() -> None:
+        # Twenty seconds after the row, and thirty more until the alias arrives.
+        late = dataclasses.replace(waiting(120), sleep=arrive)
+        answers.append(promote(client, "slow", section=gate(NOT_WORSE), by="eve", version=3, waiting=late))
+
+    hang_before_the_alias(monkeypatch, meanwhile)
+    assert promote(client, "slow", section=gate(NOT_WORSE), by="bob", version=2, waiting=waiting(100)).state == "promoted"
+    assert [(answer.state, answer.champion_version) for answer in answers] == [("refused", 2)]
+    assert [row.action for row in read_history(client, "slow").rows] == ["promote", "promote"]
+    assert aliases_of(client, "slow")["champion"] == 2
 
 
 def test_rows_hold_in_their_order_and_a_rollback_only_to_the_one_before() -> None:

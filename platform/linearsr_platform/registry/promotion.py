@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 5.0
 """How long the alias may lag behind the history before it counts as moved by somebody else: a promotion in between needs two calls."""
+FRESH_S = 60.0
+"""How long it may after a new row: the second call may hang, and MLflow's client tries it again for longer than `PATIENCE_S`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class PromotionDecision:
     """What came of asking for a promotion, and on which numbers."""
 
     state: Literal["promoted", "champion already", "refused", "too late"]
-    """`too late`: every rule held, but another version became champion in between."""
+    """`too late`: every rule held, but another version became champion in between, or before the alias had moved."""
     reason: str
     """One sentence with the numbers."""
     challenger_version: int
@@ -171,7 +174,7 @@ def shown(value: float | str | None) -> str:
 
 def _history_as_it_stands(client: "MlflowClient", name: str, by: str, waiting: Waiting) -> History:
     """Return the history, once the alias agrees with it; where it does not in time, a row says that somebody moved it."""
-    give_up = waiting.clock() + waiting.patience_s
+    started_s = waiting.clock()
     while True:
         alias, history = aliases_of(client, name).get(CHAMPION), read_history(client, name)
         if not history.rows:
@@ -179,7 +182,10 @@ def _history_as_it_stands(client: "MlflowClient", name: str, by: str, waiting: W
             return History(rows=(), champions=() if alias is None else (alias,))
         if alias == history.champion:
             return history
-        if waiting.clock() >= give_up:
+        now_s = waiting.clock()
+        # Nobody waits longer than that: clocks of two machines may differ.
+        fresh = now_s - started_s < FRESH_S and now_s - _moved_s(history) < FRESH_S
+        if now_s - started_s >= waiting.patience_s and not fresh:
             break
         waiting.sleep(0.2)
     row = HistoryRow(
@@ -189,14 +195,25 @@ def _history_as_it_stands(client: "MlflowClient", name: str, by: str, waiting: W
     return read_history(client, name)
 
 
+def _moved_s(history: History) -> float:
+    """Return when the champion last moved, in seconds since the epoch."""
+    last = [row for row in history.rows if row.holds][-1]
+    return datetime.fromisoformat(last.at).timestamp()
+
+
 def _write(client: "MlflowClient", name: str, row: HistoryRow, waiting: Waiting) -> str | None:
-    """Append a row and, if it holds, move the alias; returns who came first if it does not hold."""
+    """Append a row and, if it holds, move the alias; returns who came in between if the champion is another version in the end."""
     # The row comes first: a champion without a row would be a change that nobody can explain.
     history = append(client, name, row, sleep=waiting.sleep)
     mine = [one for one in history.rows if one.attempt == row.attempt]
     if any(one.holds for one in mine):
-        settle(client, name)
-        return None
+        settled = settle(client, name)
+        if settled.champion == row.to_version:
+            return None
+        # Where the alias hung behind the row for long enough, another has taken that for a move from outside.
+        last = [one for one in settled.rows if one.holds][-1]
+        champion = "no version" if last.to_version is None else f"version {last.to_version}"
+        return f"{last.by} made {champion} the champion before the alias had moved ({last.action}, {last.at}), so this holds no longer"
     place = min(one.number for one in mine)
     first = [one for one in history.rows if one.holds and one.number < place][-1]
     return f"{first.by} made version {first.to_version} the champion first ({first.action}, {first.at}), so this came too late"
