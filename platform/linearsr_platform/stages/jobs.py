@@ -4,6 +4,7 @@ The only file of the platform that names the method's task; a worker builds it f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,9 +126,9 @@ def run_jobs(
             if all of them failed by a mistake of the user.
     """
     context.open_cluster()
-    runs = {job.name: context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)) for job in jobs}
     by_name = {job.name: job for job in jobs}
     trips: dict[str, list[Trip]] = {job.name: [] for job in jobs}
+    runs: dict[str, TrackedRun] = {}
 
     def on_poll(events: Iterable[Event]) -> None:
         for event in events:
@@ -140,26 +141,29 @@ def run_jobs(
                 runs[event.source].log_trips(trips[event.source])
                 context.display.message(f"{event.source}: guard: {trips[event.source][-1].describe()}")
 
-    for name in by_name:
-        context.display.trainer_event(name, "state", 0, {}, state="queued")
-    board = ProgressBoard.start()
-    try:
-        outcomes = fit_all(
-            jobs,
-            context.recipe.cluster,
-            storage_url=storage.join(url, "ray"),
-            board=board,
-            on_poll=on_poll,
-            cpus_per_worker=cpus_per_worker,
-        )
-    finally:
-        board.close()
-    failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainerFailure)}
-    done = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainOutcome)}
-    for name, run in runs.items():
-        if name in done:
-            _log_outcome(run, done[name], context.recipe.tracking.artifacts)
-        run.finish("FINISHED" if name in done else "FAILED")
+    # Whatever ends this early, Ctrl-C included, is not to leave runs that count as running for ever, without their last metrics.
+    with ExitStack() as closing:
+        for job in jobs:
+            runs[job.name] = closing.enter_context(context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)))
+            context.display.trainer_event(job.name, "state", 0, {}, state="queued")
+        board = ProgressBoard.start()
+        try:
+            outcomes = fit_all(
+                jobs,
+                context.recipe.cluster,
+                storage_url=storage.join(url, "ray"),
+                board=board,
+                on_poll=on_poll,
+                cpus_per_worker=cpus_per_worker,
+            )
+        finally:
+            board.close()
+        failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainerFailure)}
+        done = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainOutcome)}
+        for name, run in runs.items():
+            if name in done:
+                _log_outcome(run, done[name], context.recipe.tracking.artifacts)
+            run.finish("FINISHED" if name in done else "FAILED")
     if failed:
         raise trainers_failed(failed, done)
     return done

@@ -44,7 +44,7 @@ START_TAG = "linearsr.start"
 
 
 class TrackedRun:
-    """One MLflow run. As a context manager it is finished at the end: FAILED on an error, KILLED on an interrupt."""
+    """One MLflow run. As a context manager it is finished at the end, if it is not yet: FAILED on an error, KILLED on an interrupt."""
 
     def __init__(self, outbox: Outbox, run_id: str, *, clock: Callable[[], float] = time.time) -> None:
         """Write to an existing run.
@@ -60,13 +60,16 @@ class TrackedRun:
         self._buffer: list[MetricPoint] = []
         self._buffered_since_s = 0.0
         self._not_finite: set[str] = set()
+        self._finished = False
 
     def __enter__(self) -> Self:
         """Return the run itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Finish the run with the status that fits how the block ended."""
+        """Finish the run with the status that fits how the block ended, unless it is finished."""
+        if self._finished:
+            return
         if kind is None:
             self.finish("FINISHED")
         else:
@@ -177,6 +180,7 @@ class TrackedRun:
         """Write what is buffered and close the run."""
         self.flush()
         self._put("closing", status=status, end_ms=round(self._clock() * 1000))
+        self._finished = True
 
     def _put(self, doing: str, source: Path | bytes | None = None, **content: Any) -> None:
         self._outbox.put(Operation(run_id=self.run_id, doing=f"{doing} run {self.run_id}", **content), source)
