@@ -138,13 +138,16 @@ def _plain(error: BaseException) -> BaseException:
     """Return an error as an `OSError` of the same meaning whose message can be shown; itself if it is one, or none of a store's."""
     text = shown(str(error))
     if isinstance(error, OSError):
-        kind = next((kind for kind in (*FINAL, TimeoutError, ConnectionError) if isinstance(error, kind)), OSError)
-        return error if text == str(error) else kind(text)
+        if text == str(error):
+            return error
+        # Without its number or its cause, nothing else would tell that it may pass.
+        otherwise = ConnectionError if passes(error) else OSError
+        return next((kind for kind in (*FINAL, TimeoutError, ConnectionError) if isinstance(error, kind)), otherwise)(text)
+    if isinstance(error, Exception) and passes(error):
+        return ConnectionError(text)
     names = {kind.__name__ for kind in type(error).__mro__}
     if not names & {"BotoCoreError", "ClientError"}:
         return error
-    if isinstance(error, Exception) and passes(error):
-        return ConnectionError(text)
     return PermissionError(text) if "Credentials" in type(error).__name__ else OSError(text)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -53,6 +55,59 @@ def test_storage_that_fails_a_tenth_of_its_calls(undisturbed: Path, tmp_path: Pa
     note("storage that fails a tenth of its calls", watch, names)
     assert [watch.lost(name) for name in names] == [[], [], []]
     assert_equal(tmp_path, undisturbed, names)
+
+
+@pytest.mark.server
+def test_storage_that_is_away_for_longer_than_anybody_waits(tmp_path: Path) -> None:
+    """The loader gives up, and its worker with it; Ray Train starts another, which goes on from the checkpoint."""
+    from flaky_s3 import flaky_s3
+    from three_stages import INTERVAL, STEPS, Watch, alive, note, pids_of, train, weights
+    from toy_training import toy_cluster, toy_job
+
+    settings = {"max_steps": STEPS, "checkpoint_every": INTERVAL, "log_every": 1, "crops_per_image": 1, "loader_workers": 1}
+    local, remote = (toy_job(tmp_path, name, pause_s=0.2, pids=True, **settings) for name in ("local", "remote"))
+    with flaky_s3(kinds=("dropped",)) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        bucket = server.make_bucket("chaos")
+        # One each four steps, and no cache: the store is needed to the end.
+        shards = write_shards(tmp_path / "many", bucket, count=STEPS // 4 + 1, images=16)
+        local, remote = replace(local, train_shards=shards[str(tmp_path / "many")]), replace(remote, train_shards=shards[bucket])
+        first: list[int] = []
+
+        def away_until_they_have_given_up(watch: Watch) -> None:
+            if not first and watch.checkpoints.get("remote", 0) >= INTERVAL:
+                first.extend(pids_of(tmp_path, "remote"))
+                server.share = 1.0
+            elif first and not any(map(alive, first)):
+                server.share = 0.0
+
+        watch = Watch(away_until_they_have_given_up)
+        with toy_cluster() as cluster:
+            train([local, remote], cluster, tmp_path, watch)
+    assert server.faults["dropped"] > 6, "more than one call tries"
+    assert [len(watch.starts[name]) for name in ("local", "remote")] == [1, 2]
+    note("storage that is away for longer than anybody waits", watch, ["remote"])
+    assert all(0 <= steps < 2 * INTERVAL for steps, _ in watch.lost("remote"))
+    ours, theirs = weights(tmp_path, "remote"), weights(tmp_path, "local")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def write_shards(*places: Path | str, count: int, images: int) -> dict[str, tuple[str, ...]]:
+    """Write the same shards to several places and return the URLs by place."""
+    from linearsr_platform import storage
+    from linearsr_platform.data.shards import Sample, write_shard
+
+    rng = np.random.default_rng(0)
+    found: dict[str, tuple[str, ...]] = {str(place): () for place in places}
+    for shard in range(count):
+        pictures = [rng.integers(0, 256, size=(32, 32, 3), dtype=np.uint8) for _ in range(images)]
+        samples = [Sample(f"{shard}-{i}", picture, {"tags": []}) for i, picture in enumerate(pictures)]
+        for place in found:
+            write_shard(place, f"{shard}.tar", samples)
+            found[place] += (storage.join(place, f"{shard}.tar"),)
+    return found
 
 
 @pytest.fixture

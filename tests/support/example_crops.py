@@ -36,6 +36,13 @@ def failing_crop(image: np.ndarray, tags: list[str], rng: np.random.Generator) -
     return numbered_crop(image, tags, rng)
 
 
+def disconnected_crop(image: np.ndarray, tags: list[str], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Lose a connection on one image."""
+    if image[0, 0, 0] == 7:
+        raise ConnectionResetError("the line is dead")
+    return numbered_crop(image, tags, rng)
+
+
 def killing_crop(image: np.ndarray, tags: list[str], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Kill its own process on one image, as the kernel does when memory is short."""
     if image[0, 0, 0] == 7:

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from linearsr_platform.cli.boundary import reports_errors
+from linearsr_platform.data.shard_files import ShardAwayError
 from linearsr_platform.errors import StageError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,7 @@ def test_version_is_one_line():
         (UserError("photo.jpg: fix it"), 2, "error: photo.jpg: fix it"),
         (StageError("pretrain: lost"), 1, "error: pretrain: lost"),
         (PermissionError(13, "Permission denied", "/data"), 1, "error: [Errno 13] Permission denied: '/data'"),
+        (ShardAwayError("shard s3://b/a.tar: its store does not answer"), 1, "error: shard s3://b/a.tar: its store does not answer"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

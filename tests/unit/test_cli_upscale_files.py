@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from tiny_bundle import write_bundle
 
 from linearsr_platform.cli.app import app
+from linearsr_platform.data import shard_files
+from linearsr_platform.data.cache import ShardCache
 from linearsr_platform.data.picture_shards import read_members, write_members
 from linearsr_platform.stages import upscaling
 
@@ -131,6 +133,22 @@ def test_a_shard_keeps_its_keys_and_members_and_corrects_what_they_say_of_size(b
     assert not (tmp_path / "none.tar").exists()
     with tarfile.open(tmp_path / "out.tar") as tar:
         assert {member.mtime for member in tar} == {0}, "the same shard gives the same file"
+
+
+def test_a_shard_whose_store_does_not_answer_fails_alone(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write_members(str(tmp_path / "in" / f"{name}.tar"), [("1", {"png": png()})])
+    open_shard = shard_files.open_shard
+
+    def away(url: str, cache: ShardCache | None = None) -> shard_files.Shard:
+        if url.endswith("a.tar"):
+            raise shard_files.ShardAwayError("shard a.tar: its store does not answer")
+        return open_shard(url, cache)
+
+    monkeypatch.setattr(shard_files, "open_shard", away)
+    code, output = run(tmp_path / "in", tmp_path / "out", "--model", bundle)
+    assert (code, "shard a.tar: its store does not answer" in " ".join(output.split())) == (1, True), output
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.tar"]
 
 
 def test_a_shard_keeps_long_names_and_loses_no_picture_to_another(bundle: Path, tmp_path: Path) -> None:

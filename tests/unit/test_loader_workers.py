@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from example_crops import failing_crop, killing_crop, numbered_crop, write_numbered
+from example_crops import disconnected_crop, failing_crop, killing_crop, numbered_crop, write_numbered
 
 from linearsr.config import AugmentationConfig, BackboneConfig, DegradationConfig, LatentStatistics, ModelConfig, TagsConfig
 from linearsr.task import SuperResolutionTask
@@ -137,11 +137,20 @@ def test_an_error_in_a_process_comes_up_with_sample_and_traceback(shards: list[s
     assert not one.process_ids
 
 
+def test_a_lost_connection_in_a_process_stays_one_and_is_not_taken_for_the_parents(shards: list[str]) -> None:
+    """Ray Train starts a worker again after it, and not after a `StageError`."""
+    one = reader(shards, 2, transform=disconnected_crop)
+    with pytest.raises(ConnectionError, match=r"tar: sample image-7: loader worker \d failed: ConnectionResetError: the line is dead"):
+        list(islice(one, 40))
+    assert not one.process_ids
+
+
 def test_a_killed_process_is_an_error_and_not_a_hang(shards: list[str]) -> None:
     one = reader(shards, 2, transform=killing_crop)
     next(one)
     processes = list(one.process_ids)
-    with pytest.raises(StageError, match=r"loader worker \d \(process \d+\) was killed by signal 9"):
+    # No StageError: a training whose loader was killed is started again.
+    with pytest.raises(ChildProcessError, match=r"loader worker \d \(process \d+\) was killed by signal 9"):
         list(islice(one, 40))
     assert all(ended(process) for process in processes)
 

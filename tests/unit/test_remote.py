@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from http.client import IncompleteRead
 from io import BytesIO
 
 import pytest
@@ -139,3 +140,16 @@ def test_errors_of_a_stores_client_become_those_of_files() -> None:
         tried("s3://bucket/x", unreachable, patience=Patience(tries=1))
     with pytest.raises(PermissionError, match="credentials"):
         tried("s3://bucket/x", nobody)
+
+
+def test_what_may_pass_still_may_when_its_secrets_are_gone() -> None:
+    def busy() -> None:
+        raise OSError(errno.EBUSY, "slow down", "https://host/a?sig=hunter2")
+
+    def cut_off() -> None:
+        raise IncompleteRead(b"half of https://host/a?sig=hunter2")
+
+    for fail in (busy, cut_off):
+        with pytest.raises(ConnectionError) as raised:
+            tried("https://host/a", fail, patience=Patience(tries=1))
+        assert "hunter2" not in str(raised.value)

@@ -1,23 +1,29 @@
 """Shards of others and of our own: any tar that WebDataset reads, any picture in it, and clear words about those that are broken."""
 
+import errno
 import io
 import json
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from webdataset import ShardWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from linearsr_platform import storage
+from linearsr_platform.data.cache import ShardCache
 from linearsr_platform.data.picture_shards import read_members
 from linearsr_platform.data.reader import CropReader, read_images, read_shard
+from linearsr_platform.data.shard_files import ShardAwayError, open_shard
 from linearsr_platform.errors import StageError
+from linearsr_platform.remote import Patience, tried
 
 
 def picture(kind: str, value: int, size: tuple[int, int] = (24, 16)) -> bytes:
@@ -127,6 +133,40 @@ def test_broken_tars_are_named_with_the_reason(tmp_path: Path, spoil: object, re
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(StageError, match=rf"shard .*a\.tar: cannot be read: BadTarError: .*{reason}"):
         list(read_shard(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (ConnectionResetError("the line is dead"), ShardAwayError, "its store does not answer: ConnectionResetError: the line is dead"),
+        (OSError(errno.EBUSY, "Slow down"), ShardAwayError, "its store does not answer: OSError: .*Slow down"),
+        (TimeoutError(), ShardAwayError, "its store does not answer: TimeoutError"),
+        (FileNotFoundError("a.tar"), StageError, "cannot be read: FileNotFoundError: .*a.tar.*; fix: write it again"),
+        (PermissionError("a.tar"), StageError, "cannot be read: PermissionError: a.tar"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_store_that_does_not_answer_says_nothing_against_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[Exception], said: str, cached: bool
+) -> None:
+    """What passes does not end a training for good, as a `StageError` does."""
+    url = f"memory://{uuid4().hex}/a.tar"
+    storage.copy_file(write_tar(tmp_path / "a.tar", [("a.png", b"x")]), url)
+    calls: list[str] = []
+
+    def fail(fs: MemoryFileSystem, path: str, **_: object) -> None:
+        calls.append(path)
+        raise error
+
+    cache = ShardCache(str(tmp_path / "cache"), max_bytes=10**6) if cached else None
+    monkeypatch.setattr("linearsr_platform.storage.tried", partial(tried, patience=Patience(tries=3, first_wait_s=0)))
+    with monkeypatch.context() as away:
+        away.setattr(MemoryFileSystem, "info", fail)
+        with pytest.raises(kind, match=rf"^shard {url}: {said}") as raised:
+            open_shard(url, cache)
+    assert isinstance(raised.value, StageError) is (kind is StageError)
+    assert len(calls) == (3 if kind is ShardAwayError else 1)
+    assert len(open_shard(url, cache).entries) == 1
 
 
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ class CropPool:
         """Return the next batch as arrays that nobody writes into while they are referred to, and ask for another.
 
         Raises:
-            StageError: if a worker failed or was killed; the pool is closed then.
+            StageError: if a worker failed, or ended by itself; the pool is closed then, as with all of these.
+            ShardAwayError: if a shard's store did not answer a worker.
+            ConnectionError: if another connection of a worker broke.
+            ChildProcessError: if a worker was killed or ran out of memory.
         """
         self._await_all()
         slot = self._asked.popleft()
@@ -160,17 +163,20 @@ class CropPool:
             error.add_note(f"loader worker {number}:\n{trace}")
             raise error
 
-    def _died(self, number: int) -> StageError:
+    def _died(self, number: int) -> StageError | ChildProcessError:
         """Return the error that says how a worker ended, and close the pool."""
         process = self._processes[number]
         try:
             code: int | None = process.wait(END_S)
         except subprocess.TimeoutExpired:
             code = None
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         self.close()
         fix = "fix: fewer train.loader_workers if memory is short; 0 makes crops in the training worker itself"
-        return StageError(f"training data: loader worker {number} (process {process.pid}) {how}; expected it to run; {fix}")
+        where = f"training data: loader worker {number} (process {process.pid})"
+        if code is not None and code < 0:
+            # No StageError: like a training worker that was killed, most often for memory, it is worth another start.
+            return ChildProcessError(f"{where} was killed by signal {-code}; expected it to run; {fix}")
+        return StageError(f"{where} ended with exit code {code}; expected it to run; {fix}")
 
 
 def pickled(transform: Transform) -> bytes:

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -20,8 +21,9 @@ from linearsr_platform.data.batches import BatchLayout, CropMaker, place
 from linearsr_platform.data.cache import ShardCache
 from linearsr_platform.data.lanes import Crop, CropPlan
 from linearsr_platform.data.sequence import CropSequence
-from linearsr_platform.data.shard_files import ShardFiles
+from linearsr_platform.data.shard_files import ShardAwayError, ShardFiles
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.remote import passes
 
 if TYPE_CHECKING:
     # A worker has no other use for pydantic, which takes a quarter of its start.
@@ -119,21 +121,23 @@ class _Reported:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
-            return True
         if error is None or not isinstance(error, Exception):
             return False
+        told = self._told(error)
+        # An error because the parent closed its end finds nobody here. It is not known by its kind: a store's connection may break too.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._link.send((FAILED, (type(told), str(told), "".join(format_exception(error)))))
+        return True
+
+    def _told(self, error: Exception) -> Exception:
+        """Return the error that the parent raises: what may pass stays one that does not end a training for good."""
+        if isinstance(error, StageError | UserError | ShardAwayError):
+            return error
         what = storage.shown(f"{type(error).__name__}: {error}")
         sample = None if self.crop is None else self.crop.sample
         where = "training data" if sample is None else f"shard {storage.shown(sample.url)}: sample {sample.key}"
-        told: Exception = error
-        if not isinstance(error, StageError | UserError):
-            told = StageError(f"{where}: loader worker {self.number} failed: {what}; fix: its cause; --verbose shows where it is")
-        try:
-            self._link.send((FAILED, (type(told), str(told), "".join(format_exception(error)))))
-        except (BrokenPipeError, ConnectionResetError):
-            return True
-        return True
+        kind = ConnectionError if passes(error) else ChildProcessError if isinstance(error, MemoryError) else StageError
+        return kind(f"{where}: loader worker {self.number} failed: {what}; fix: its cause; --verbose shows where it is")
 
 
 def _receive(link: Connection, parent: int) -> tuple[str, Any] | None:

@@ -16,6 +16,7 @@ def read_members(url: str) -> Iterator[tuple[str, Members]]:
 
     Raises:
         StageError: if the shard is missing, cut off or no tar; the message names it.
+        ShardAwayError: if its store does not answer.
     """
     for shard, entry in read_entries(url):
         yield entry.key, {name: bytes(shard.view(entry, name)) for name in entry.members}

@@ -84,7 +84,9 @@ class CropReader:
         """Return the next micro-batch: what `transform` makes, stacked to (batch_size, ...).
 
         Raises:
-            StageError: if a shard or sample is broken, or a loader worker died.
+            StageError: if a shard or sample is broken, or a loader worker ended by itself.
+            ShardAwayError: if a shard's store does not answer.
+            ChildProcessError: if a loader worker was killed.
         """
         crops = self._sequence.next_batch()
         arrays = self._make(crops) if self._pool is None else self._pool.next_batch()

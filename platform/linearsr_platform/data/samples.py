@@ -197,6 +197,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
 
     Raises:
         StageError: if the shard is missing, cut off or not WebDataset; the message names it.
+        ShardAwayError: if its store does not answer.
     """
     for number, (shard, _) in enumerate(read_entries(url)):
         yield RawSample(shard, number)

@@ -9,9 +9,14 @@ from linearsr_platform import storage
 from linearsr_platform.data.cache import CachedFile, ShardCache
 from linearsr_platform.data.tar_index import BadTarError, Entry, TarIndex
 from linearsr_platform.errors import StageError
+from linearsr_platform.remote import passes
 
 LOCAL_KEPT = 64
 """Shards on this machine whose headers are remembered; some 300 kB for 1000 samples."""
+
+
+class ShardAwayError(ConnectionError):
+    """A shard could not be had from its store just now, which says nothing against the shard: a training is worth another start."""
 
 
 class Shard:
@@ -54,6 +59,7 @@ class ShardFiles:
 
         Raises:
             StageError: if it is missing, cut off or no tar; the message names it.
+            ShardAwayError: if its store does not answer.
         """
         local = storage.is_local(url)
         kept = self._kept[local]
@@ -83,6 +89,7 @@ def open_shard(url: str, cache: ShardCache | None = None) -> Shard:
 
     Raises:
         StageError: if it is missing, cut off or no tar; the message names it.
+        ShardAwayError: if its store does not answer, also not after the tries of `linearsr_platform.remote`.
     """
     try:
         if cache is not None and not storage.is_local(url):
@@ -92,9 +99,13 @@ def open_shard(url: str, cache: ShardCache | None = None) -> Shard:
         with storage.local_path(url) as path:
             return Shard(url, TarIndex(Path(path)))
     except (OSError, BadTarError) as error:
-        shown, reason = storage.shown(url), storage.shown(str(error))
+        where, reason = f"shard {storage.shown(url)}", f"{type(error).__name__}: {storage.shown(str(error))}"
+        if passes(error):
+            # Not a StageError: that would end a training for good, where Ray Train's restarts may outlast the store's trouble.
+            fix = "fix: run the same command again once it does"
+            raise ShardAwayError(f"{where}: its store does not answer: {reason}; expected it to; {fix}") from error
         fix = "fix: write it again (its stage is `prepare`), or correct its name"
-        raise StageError(f"shard {shown}: cannot be read: {type(error).__name__}: {reason}; expected a WebDataset tar; {fix}") from error
+        raise StageError(f"{where}: cannot be read: {reason}; expected a WebDataset tar; {fix}") from error
 
 
 def read_entries(url: str) -> Iterator[tuple[Shard, Entry]]:
@@ -102,6 +113,7 @@ def read_entries(url: str) -> Iterator[tuple[Shard, Entry]]:
 
     Raises:
         StageError: if it is missing, cut off or no tar.
+        ShardAwayError: if its store does not answer.
     """
     shard = open_shard(url)
     for entry in shard.entries:

@@ -22,6 +22,7 @@ from linearsr.timing import Stopwatch
 from linearsr.upscaler import Upscaler
 from linearsr_platform import storage
 from linearsr_platform.data.picture_shards import Members, read_members, write_members
+from linearsr_platform.data.shard_files import ShardAwayError
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.remote import shown
 from linearsr_platform.stages.picture_work import Job
@@ -131,7 +132,7 @@ class UpscaleRun:
         outcomes: list[Outcome] = []
         try:
             write_members(job.target, self._enlarged_samples(job, outcomes))
-        except StageError as error:
+        except (StageError, ShardAwayError) as error:
             return [_failed(job.name, shown(job.target), error)]
         return outcomes
 
