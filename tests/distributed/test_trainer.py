@@ -224,7 +224,7 @@ def test_the_worker_that_died_is_blamed_and_not_those_that_lost_it() -> None:
     lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4242")
     killed = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError("gone"))
     for failures, blamed in (({0: lost, 1: killed}, "a worker died"), ({0: lost, 1: OSError("disk full")}, "OSError: disk full")):
-        assert str(explain("expert-3", WorkerGroupError("...", failures), waited="")).startswith(f"expert-3: {blamed}")
+        assert str(explain("expert-3", WorkerGroupError("...", failures))).startswith(f"expert-3: {blamed}")
 
 
 def test_packages_of_two_installations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -38,13 +38,12 @@ class StopAtFinalError(UserCallback):
                 raise error
 
 
-def explain(name: str, error: TrainingFailedError | RayError, *, waited: str) -> TrainerFailed | UserError:
+def explain(name: str, error: TrainingFailedError | RayError) -> TrainerFailed | UserError:
     """Turn what `fit` raised into the error to show.
 
     Args:
         name: of the job.
         error: from Ray.
-        waited: what to say if there was no room for the workers in time.
     """
     if isinstance(error, ControllerError):
         cause = error.controller_failure
@@ -55,8 +54,6 @@ def explain(name: str, error: TrainingFailedError | RayError, *, waited: str) ->
     details = "\n".join(getattr(cause, "__notes__", [])) or str(error)
     if isinstance(cause, UserError):
         return UserError(f"{name}: {cause}")
-    if isinstance(cause, WorkerGroupStartupTimeoutError):
-        return TrainerFailed(f"{name}: {waited}", details)
     if isinstance(cause, WorkerHealthCheckFailedError):
         return TrainerFailed(f"{name}: a worker died: it was killed, ran out of memory, or its machine was lost", details)
     if isinstance(cause, RayActorError):

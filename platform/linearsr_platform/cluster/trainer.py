@@ -1,25 +1,31 @@
 """One job as one Ray Train run: started, restarted after failures, resumed, and its outcome read back."""
 
-from math import ceil
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2.api.callback import RayTrainCallback
 
 # What `ray.train` exports at run time; type checkers see the former version there.
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.result import Result
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.controller import TrainController
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
+from linearsr_platform.cluster.patience import Patience
 from linearsr_platform.cluster.process_group import LateTorch
 from linearsr_platform.cluster.record import checkpoints_url, claim_folder, finished_outcome, run_name
-from linearsr_platform.cluster.session import QUEUE_POLL_S
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import TrainOutcome
@@ -56,14 +62,10 @@ def fit(
         claim_folder(job)
         cpus = cpus_per_worker or cluster.cpus_per_worker
         trainer = _trainer(job, cluster, storage.absolute(storage_url), board, cpus)
-        waited = (
-            f"found no room for {job.train.least_workers} workers of {cpus:g} CPUs and {cluster.gpus_per_worker:g} GPUs in "
-            f"{cluster.queue_timeout_s:g} s; fix: wait for other work to end, or raise cluster.queue_timeout_s"
-        )
         try:
             trainer.fit()
         except (TrainingFailedError, RayError) as error:
-            raise explain(job.name, error, waited=waited) from None
+            raise explain(job.name, error) from None
         outcome = finished_outcome(job)
     if outcome is None:
         raise TrainerFailed(f"{job.name}: ended, but there is no outcome in {job.output_url}")
@@ -73,14 +75,35 @@ def fit(
 
 
 class _LeanTrainer(DataParallelTrainer):
-    """A `TorchTrainer` without two of its processes, of about 2 CPU seconds and 125 MB each, and with torch in its workers alone.
+    """A `TorchTrainer` without two of its processes, of about 2 CPU seconds and 125 MB each, with torch in its workers alone.
 
     Ray Data's manager: batches do not come from Ray Data. The cleaner of reservations: `reservations` knows of more, and needs no process.
+    Its controller is that of `controller`.
     """
+
+    def __init__(self, train: Callable[[dict[str, Any]], None], *, patience: Patience, **ray_train: Any) -> None:
+        """Keep how long it waits for room; the rest is Ray's."""
+        super().__init__(train, **ray_train)
+        self._patience = patience
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks: list[RayTrainCallback] = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, (DatasetsCallback, PlacementGroupCleanerCallback))]
+
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        """Do what Ray does here, whose own controller is not to be chosen."""
+        make: Any = ray.remote(
+            num_cpus=0,
+            # On the machine of the process that waits for it.
+            label_selector={RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
+            runtime_env={"env_vars": {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}},
+        )(TrainController)
+        controller = make.remote(patience=self._patience, **controller_init_kwargs)
+        if threading.current_thread() is threading.main_thread():
+            self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        result: Result = ray.get(controller.get_result.remote())
+        return result
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -93,8 +116,13 @@ def _work(config: dict[str, Any]) -> None:
 def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> DataParallelTrainer:
     gpus = cluster.gpus_per_worker
     threads, least = max(1, int(cpus)), job.train.min_workers
+    refusal = (
+        f"found no room for {job.train.least_workers} workers of {cpus:g} CPUs and {gpus:g} GPUs in {cluster.queue_timeout_s:g} s; "
+        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
+    )
     return _LeanTrainer(
         _work,
+        patience=Patience(cluster.queue_timeout_s, refusal),
         # The job by reference: Ray Train's own processes then need not import what is in it.
         train_loop_config={"job": ray.put(job), "board": board, "threads": threads, "checkpoints": checkpoints_url(storage_url, job)},
         backend_config=LateTorch("nccl" if gpus else "gloo"),
@@ -103,13 +131,10 @@ def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: Pro
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
-        run_config=RunConfig(  # type: ignore[arg-type] # (type checkers see the former version where the trainer names it)
+        run_config=RunConfig(
             name=run_name(job),
             storage_path=storage_url,
-            failure_config=FailureConfig(
-                max_failures=job.train.max_failures,
-                controller_failure_limit=ceil(cluster.queue_timeout_s / min(QUEUE_POLL_S, cluster.queue_timeout_s)) - 1,
-            ),
+            failure_config=FailureConfig(max_failures=job.train.max_failures),
             callbacks=[StopAtFinalError()],
             # OpenCV, which degrades crops, otherwise takes all cores of the machine, for operations of a millisecond.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OPENCV_FOR_THREADS_NUM": str(threads)}},

@@ -160,7 +160,7 @@ class ClusterConfig(Section):
     object_store_mb: Count = 256
     """Shared memory of a local cluster, MiB."""
     queue_timeout_s: Positive = 600.0
-    """How long a trainer may wait for room before the stage fails."""
+    """How long a trainer may wait for room before the stage fails, each time that it needs some."""
     machines: tuple[MachineConfig, ...] = ()
     """What the cluster at `address` has. Read by `linearsr plan` alone; a run asks the cluster itself."""
     secrets: dict[SecretName, SecretReference] = Field(default_factory=dict)

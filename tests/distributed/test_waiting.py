@@ -1,0 +1,67 @@
+"""Trainers that wait for room: none does for ever."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+
+pytestmark = pytest.mark.ray
+
+
+def controllers() -> set[int]:
+    """Return the processes that control trainers."""
+    from ray.util.state import list_actors
+
+    alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+    return {actor.pid for actor in alive if actor.class_name == "TrainController"}
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time that a process has had."""
+    import psutil
+
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def test_an_elastic_trainer_without_room_gives_up_in_time(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    # Three are more than the cluster has. An address says that others may leave it, or that it may grow.
+    impatient = cluster.model_copy(update={"queue_timeout_s": 3.0, "address": "elsewhere"})
+    job, board = toy_job(tmp_path, "elastic", workers=4, min_workers=3, batch_size=12), ProgressBoard.start()
+    result = fit_all([job], impatient, storage_url=str(tmp_path / "ray"), board=board, on_poll=lambda _: None)["elastic"]
+    board.close()
+    assert isinstance(result, TrainerFailure), result
+    assert result.message == (
+        "elastic: found no room for 3 workers of 1 CPUs and 0 GPUs in 3 s; "
+        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
+    )
+
+
+def test_a_trainer_that_waits_takes_no_core_and_can_be_cancelled(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    before, looked = controllers(), []
+
+    def leave(_) -> None:
+        looked.extend((time.monotonic(), cpu_s(pid)) for pid in controllers() - before)
+        # The first seconds are its start.
+        if looked and looked[-1][0] > looked[0][0] + 6:
+            raise KeyboardInterrupt
+
+    somewhere = cluster.model_copy(update={"address": "elsewhere"})
+    job, board = toy_job(tmp_path, "elastic", workers=4, min_workers=3, batch_size=12), ProgressBoard.start()
+    with pytest.raises(KeyboardInterrupt):
+        fit_all([job], somewhere, storage_url=str(tmp_path / "ray"), board=board, on_poll=leave)
+    board.close()
+    later = [(at, used) for at, used in looked if at > looked[-1][0] - 2]
+    assert later[-1][1] - later[0][1] < 0.5 * (later[-1][0] - later[0][0])
+    end = time.monotonic() + 10
+    while (left := controllers() - before) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not left
