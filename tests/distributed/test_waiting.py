@@ -1,6 +1,8 @@
-"""Trainers that wait for room: none does for ever."""
+"""Trainers that wait for room, and one whose first start fails: the cluster's CPUs are given back, and nobody waits for ever."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import ray
 
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.trainer import fit
 
 pytestmark = pytest.mark.ray
 
@@ -26,6 +29,28 @@ def cpu_s(pid: int) -> float:
 
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def test_a_trainer_whose_worker_dies_while_the_group_meets_starts_anew_on_a_full_cluster(
+    cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dying_join import MARK, DyingJoin
+    from toy_training import free_cpus, toy_job
+
+    monkeypatch.setattr("linearsr_platform.cluster.trainer.LateTorch", partial(DyingJoin, folder=str(tmp_path)))
+    board, events = ProgressBoard.start(), []
+    job = toy_job(tmp_path, "unlucky", workers=2, max_failures=0)
+    impatient = cluster.model_copy(update={"queue_timeout_s": 12.0})
+    # In a thread: in the main one Ray takes over Ctrl-C for good.
+    with ThreadPoolExecutor(1) as thread:
+        outcome = thread.submit(fit, job, impatient, storage_url=str(tmp_path / "ray"), board=board).result()
+    events.extend(board.drain())
+    board.close()
+
+    assert (tmp_path / MARK).exists()
+    assert [event.step for event in events if event.kind == "start"] == [0]
+    assert outcome.steps == 20
+    assert free_cpus() == 2
 
 
 def test_an_elastic_trainer_without_room_gives_up_in_time(cluster, tmp_path: Path) -> None:

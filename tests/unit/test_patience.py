@@ -1,5 +1,7 @@
 """How long a trainer waits for room, with a clock of the test's own."""
 
+import socket
+
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller.state import (
@@ -13,6 +15,7 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from linearsr_platform.cluster.patience import STARTS, Patience
+from linearsr_platform.cluster.process_group import _join
 from linearsr_platform.errors import StageError
 
 POLL_S = 10.0
@@ -94,3 +97,10 @@ def test_a_failed_start_counts_once_however_long_the_wait_after_it() -> None:
     for _ in range(2 * STARTS):
         wait.patience.look(state)
         wait.now_s += 1
+
+
+def test_a_port_that_is_taken_makes_a_start_fail_which_ray_train_tries_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(WorkerGroupStartupFailedError, match=r"worker 0 did not join the others: DistNetworkError: .*in use"):
+            _join(world_rank=0, world_size=2, url=url, backend="gloo")

@@ -11,9 +11,10 @@ from typing import Any
 
 import ray
 from ray._common.network_utils import build_address  # type: ignore[attr-defined]
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.util import TrainingFramework
 
 JOIN_S = 1800
@@ -55,11 +56,22 @@ class _LateTorchBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Bring all workers into one group, led by the first."""
+        """Bring all workers into one group, led by the first.
+
+        Raises:
+            WorkerGroupStartupFailedError: if they do not find together; Ray Train then starts others.
+        """
         assert isinstance(backend_config, LateTorch)  # noqa: S101 (it named this class)
+        # First, because importing torch takes seconds, and nobody holds the port until the leader listens there.
+        worker_group.execute(_prepare)
         url, size = f"tcp://{build_address(*worker_group.execute_single(0, get_address_and_port))}", len(worker_group)
         each = {"world_size": size, "url": url, "backend": backend_config.backend}
-        ray.get([worker_group.execute_single_async(rank, _join, world_rank=rank, **each) for rank in range(size)])
+        try:
+            ray.get([worker_group.execute_single_async(rank, _join, world_rank=rank, **each) for rank in range(size)])
+        except RayTaskError as error:
+            if isinstance(error.cause, WorkerGroupStartupFailedError):
+                raise error.cause from None
+            raise
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Have all workers leave; one that hangs in an operation of the group is ended anyway."""
@@ -75,12 +87,23 @@ def on_own_device() -> AbstractContextManager[None]:
     return found
 
 
+def _prepare() -> None:
+    """Import torch, as a worker, and set what it reads of the environment."""
+    from ray.train.torch import config
+
+    config._set_torch_distributed_env_vars()  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has workers run)
+
+
 def _join(world_rank: int, world_size: int, url: str, backend: str) -> None:
     """Join the group, as one of its workers."""
     from ray.train.torch import config
 
-    config._set_torch_distributed_env_vars()  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has workers run)
-    config._setup_torch_process_group(backend, world_rank, world_size, init_method=url, timeout_s=JOIN_S)  # noqa: SLF001
+    try:
+        config._setup_torch_process_group(backend, world_rank, world_size, init_method=url, timeout_s=JOIN_S)  # noqa: SLF001
+    except RuntimeError as error:
+        # As torch's own errors of a port that is taken, of a worker that does not come and of a lost connection are. The controller would
+        # import torch to read one.
+        raise WorkerGroupStartupFailedError(f"worker {world_rank} did not join the others: {type(error).__name__}: {error}") from None
 
 
 def _leave(grouped: bool) -> None:
