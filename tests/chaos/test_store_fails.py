@@ -64,8 +64,9 @@ def test_storage_that_is_away_for_longer_than_anybody_waits(tmp_path: Path) -> N
     from three_stages import INTERVAL, STEPS, Watch, alive, note, pids_of, train, weights
     from toy_training import toy_cluster, toy_job
 
-    settings = {"max_steps": STEPS, "checkpoint_every": INTERVAL, "log_every": 1, "crops_per_image": 1, "loader_workers": 1}
-    local, remote = (toy_job(tmp_path, name, pause_s=0.2, pids=True, **settings) for name in ("local", "remote"))
+    settings = {"max_steps": STEPS, "checkpoint_every": INTERVAL, "log_every": 1, "crops_per_image": 1}
+    local = toy_job(tmp_path, "local", **settings)
+    remote = toy_job(tmp_path, "remote", pause_s=0.2, pids=True, loader_workers=1, **settings)
     with flaky_s3(kinds=("dropped",)) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
