@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from linearsr.bundle import NULL_TEXT, BundleError, load_bundle, save_bundle
 from linearsr.captions import Captions
@@ -302,6 +302,16 @@ def test_batches_carry_embeddings_and_the_mix_takes_the_right_one(folder: Path, 
         assert read.mask.sum(dim=1).tolist() == batch[f"{name}_tokens"].tolist()
 
 
+def evaluate(folder: Path, picture: Image.Image) -> Result:
+    """Measure the bundle in a folder on one picture, telling it a tag."""
+    for kind, size in (("lr", (16, 12)), ("hr", (64, 48))):
+        (folder / kind).mkdir()
+        picture.resize(size).save(folder / kind / "cat.png")
+    (folder / "lr" / "test_set.json").write_text('{"degradation": "as given", "seed": 0, "tags": {"cat": ["cat"]}}')
+    pictures = ["--lr", str(folder / "lr"), "--original", str(folder / "hr"), "--metric", "psnr_y"]
+    return CliRunner().invoke(app, ["evaluate", str(folder / "bundle"), *pictures])
+
+
 def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     task = make_task(manifest)
     module = task.build()
@@ -344,12 +354,7 @@ def test_from_shards_through_training_and_a_bundle_to_a_picture(folder: Path, ma
     refused = CliRunner().invoke(app, [*command, "--tags", "cat"])
     assert refused.exit_code == 2
     assert "expected the folder of a transformers text encoder" in " ".join(refused.output.split())
-    for kind, size in (("lr", (16, 12)), ("hr", (64, 48))):
-        (tmp_path / kind).mkdir()
-        picture.resize(size).save(tmp_path / kind / "cat.png")
-    (tmp_path / "lr" / "test_set.json").write_text('{"degradation": "as given", "seed": 0, "tags": {"cat": ["cat"]}}')
-    pictures = ["--lr", str(tmp_path / "lr"), "--original", str(tmp_path / "hr"), "--metric", "psnr_y"]
-    measured = CliRunner().invoke(app, ["evaluate", str(tmp_path / "bundle"), *pictures])
+    measured = evaluate(tmp_path, picture)
     assert measured.exit_code == 2, measured.output
     assert "expected the folder of a transformers text encoder" in " ".join(measured.stderr.split())
     moved = CliRunner().invoke(app, [*command, "--tags", "cat, sofa", "--text-encoder", str(MINILM)])

@@ -14,7 +14,7 @@ from linearsr_platform.errors import UserError
 
 if TYPE_CHECKING:
     from linearsr_platform.data.crew import Crew
-    from linearsr_platform.registry.evaluation import ProtocolTable
+    from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
     from linearsr_platform.registry.models import ModelVersion
     from linearsr_platform.stages.measured_set import MakeMeasurer
     from linearsr_platform.stages.measuring import Measured
@@ -105,7 +105,6 @@ def evaluate(
     quiet_libraries(verbose=verbose)
     from linearsr.schedule import UnvisitedExpertWarning
     from linearsr_platform.registry.evaluation import Evaluation
-    from linearsr_platform.registry.register import attach_evaluation
     from linearsr_platform.stages.choosing import choose
     from linearsr_platform.stages.measured_set import MakeMeasurer
     from linearsr_platform.stages.measuring import Request
@@ -132,8 +131,14 @@ def evaluate(
     if output is not None:
         write_text(output, Evaluation(tables=tables).to_json(with_values=True) + "\n")
     if attach and version is not None:
-        attach_evaluation(existing_store(storage, tracking_uri), version, Evaluation(tables=tables))
-        typer.echo(f"stored with {version.label}", err=as_json)
+        _attach(version, Evaluation(tables=tables), storage, tracking_uri, as_json=as_json)
+
+
+def _attach(version: "ModelVersion", evaluation: "Evaluation", storage: str, tracking_uri: str | None, *, as_json: bool) -> None:
+    from linearsr_platform.registry.register import attach_evaluation
+
+    attach_evaluation(existing_store(storage, tracking_uri), version, evaluation)
+    typer.echo(f"stored with {version.label}", err=as_json)
 
 
 def _tell(tables: "dict[str, ProtocolTable]", left_out: Mapping[str, str], *, as_json: bool) -> None:

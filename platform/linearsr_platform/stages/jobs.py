@@ -147,17 +147,15 @@ def run_jobs(
             runs[job.name] = closing.enter_context(context.tracker.stage_run(tracked.run_id, job.name, params=_params(job)))
             context.display.trainer_event(job.name, "state", 0, {}, state="queued")
         board = ProgressBoard.start()
-        try:
-            outcomes = fit_all(
-                jobs,
-                context.recipe.cluster,
-                storage_url=storage.join(url, "ray"),
-                board=board,
-                on_poll=on_poll,
-                cpus_per_worker=cpus_per_worker,
-            )
-        finally:
-            board.close()
+        closing.callback(board.close)
+        outcomes = fit_all(
+            jobs,
+            context.recipe.cluster,
+            storage_url=storage.join(url, "ray"),
+            board=board,
+            on_poll=on_poll,
+            cpus_per_worker=cpus_per_worker,
+        )
         failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainerFailure)}
         done = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TrainOutcome)}
         for name, run in runs.items():
