@@ -59,14 +59,20 @@ class OnsetSearch:
 
     def __init__(self) -> None:
         """Start without evaluations."""
-        self._rows: list[Array] = []
+        self._count = 0
+        self._table = np.empty((0, 0))
+        """Evaluations, (N or more, M): doubled when full, because copying all of them for each new one takes hours for 50,000."""
         self._raw: list[Scatter | None] = []
         self._null: list[Scatter | None] = []
         self._cautions: list[float] = []
 
     def append(self, row: Array) -> None:
         """Take one evaluation (M,), higher is better, NaN where a value is missing."""
-        self._rows.append(row)
+        if self._count == len(self._table):
+            room = np.empty((max(64, self._count), len(row)))
+            self._table = np.concatenate([self._table, room]) if self._count else room
+        self._table[self._count] = row
+        self._count += 1
         values = self.values
         scatter = measure_scatter(values)
         self._raw.append(scatter)
@@ -80,7 +86,7 @@ class OnsetSearch:
     @property
     def values(self) -> Array:
         """All evaluations so far, (N, M)."""
-        return np.stack(self._rows)
+        return self._table[: self._count]
 
     @property
     def scatter(self) -> Scatter | None:
@@ -113,7 +119,7 @@ class OnsetSearch:
 
     def strongest(self) -> Onset | None:
         """Return the onset that the evaluations speak for most; None while there are too few."""
-        now = len(self._rows) - 1
+        now = self._count - 1
         first = max(FEWEST - 1, now - _LOOK_BACK)
         tried = [index for index in range(first, now - _SHORTEST + 1) if self._null[index] is not None]
         if not tried:
@@ -141,14 +147,14 @@ class OnsetSearch:
 
     def _recent(self) -> Array:
         """Return the evaluations that tell whether the curves still rise: the last third, within bounds."""
-        return self.values[-min(max(len(self._rows) // 3, _RISE_SHORTEST), _RISE_LONGEST) :]
+        return self.values[-min(max(self._count // 3, _RISE_SHORTEST), _RISE_LONGEST) :]
 
     def _rise(self, scatter: Scatter) -> float:
         return rise_score(self._recent(), scatter.scale, rho=scatter.rho, correlation=scatter.correlation)
 
     def _date(self, index: int, kind: Literal["oscillation", "decline"]) -> tuple[int, int]:
         """Move an onset to where the noise most probably grew; returns it and the earliest that is nearly as probable."""
-        values, now, earliest = self.values, len(self._rows) - 1, index
+        values, now, earliest = self.values, self._count - 1, index
         for _ in range(_ITERATIONS):
             null = self._null[index]
             if null is None:

@@ -6,6 +6,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from linearsr.knee import KneeDecision
@@ -27,6 +28,7 @@ ROW_PX = 130
 # Okabe and Ito's palette, told apart with every kind of colour vision; line styles differ as well.
 _CURVE, _KNEE, _ONSET, _CERTAIN, _DIVERGED = "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00"
 _OWN = "onset of this metric alone"
+_REACH = 6.0  # Widths of the smoothing from which on a neighbour adds nothing.
 _INK, _FAINT = "#222222", "#8a8a8a"
 _LEFT_PX, _RIGHT_PX, _BOTTOM_PX, _GAP_PX = 74, 40, 128, 44
 
@@ -217,15 +219,17 @@ def _range(values: Array) -> tuple[float, float]:
 
 def _smoothed(values: Array) -> Array:
     """Fit a line to the neighbours of each value, with a width that grows with the number of evaluations from 1 to 3 of them."""
-    index = np.arange(len(values))
     width = max(1.0, min(3.0, sqrt(len(values)) / 5))
-    distance = np.subtract.outer(index, index)
-    weights = np.exp(-0.5 * (distance / width) ** 2)
+    reach = ceil(_REACH * width)
+    distance = np.arange(reach, -reach - 1, -1)
+    neighbours = np.arange(len(values))[:, None] - distance
+    weights = np.exp(-0.5 * (distance / width) ** 2) * ((neighbours >= 0) & (neighbours < len(values)))
     first, second = (weights * distance).sum(axis=1), (weights * distance**2).sum(axis=1)
     # A line and not a mean: at the ends a mean would flatten the rise.
     kernel = weights * (second[:, None] - distance * first[:, None])
     total = kernel.sum(axis=1)
-    return np.asarray(np.divide(kernel @ values, total, out=values.copy(), where=total > 0))
+    near = sliding_window_view(np.pad(values, reach), len(distance))
+    return np.asarray(np.divide((kernel * near).sum(axis=1), total, out=values.copy(), where=total > 0))
 
 
 def _number(step: int | None) -> int:
