@@ -38,6 +38,7 @@ __all__ = [
     "load_state",
     "metric_spec",
     "orientations",
+    "smallest_side",
     "weights_digests",
 ]
 
@@ -88,6 +89,11 @@ def weights_digests(names: Sequence[str], folder: str | None) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def smallest_side(name: str, border_px: int) -> int:
+    """Return the pixels that a picture's sides must have at least for a metric, under a protocol that cuts `border_px` off each."""
+    return _SMALLEST_SIDE_PX.get(name, 1) + (2 * border_px if name in _CUT_AT_BORDER else 0)
 
 
 class Meter:
@@ -147,7 +153,7 @@ class Meter:
         spec, border = metric_spec(name), self._border_px if name in _CUT_AT_BORDER else 0
         if spec.full_reference and hr is None:
             raise ValueError(f"metric {name!r}: got no originals; expected `hr`; fix: leave out full-reference metrics")
-        smallest, side = _SMALLEST_SIDE_PX.get(name, 1) + 2 * border, min(sr.shape[-2:])
+        smallest, side = smallest_side(name, border), min(sr.shape[-2:])
         if side < smallest:
             raise ValueError(f"metric {name!r}: got images of {side} px; expected sides of at least {smallest} px; fix: larger crops")
         window = (..., slice(border, sr.shape[-2] - border), slice(border, sr.shape[-1] - border))

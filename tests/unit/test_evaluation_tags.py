@@ -21,7 +21,9 @@ from linearsr import taggers
 from linearsr.config import TagsConfig
 from linearsr.taggers import Photo, Tag
 from linearsr_platform.cli.app import app
+from linearsr_platform.data.manifest import load_manifest
 from linearsr_platform.data.prepare import prepare
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.registry.evaluation import Evaluation, ProtocolTable
 from linearsr_platform.registry.gate import why_not_comparable
@@ -198,3 +200,13 @@ def test_the_report_says_it_if_the_evaluation_does(tmp_path: Path, bundle: Path,
     told = "tags told: of an LR image for 1 of 3 ("
     assert shown["tags_read"].startswith(told) == recorded
     assert all((told in column.protocol) == recorded for column in shown["metrics"])
+
+
+def test_photographs_too_small_for_a_metric_are_refused_before_anything_is_trained(tmp_path: Path, bundle: Path, root: Path) -> None:
+    context = context_of(tmp_path, bundle, root, {})
+    manifest = load_manifest(context.results["prepare"].url)
+    evaluate.check_held_out(context, manifest)
+    section = context.recipe.evaluate.model_copy(update={"metrics": ("psnr_y", "ms_ssim")})
+    context.recipe = context.recipe.model_copy(update={"evaluate": section})
+    with pytest.raises(UserError, match=r"data\.held_out: got a photograph of 48 x 40 px; expected sides of at least 176 px for 'ms_ssim'"):
+        evaluate.check_held_out(context, manifest)

@@ -6,16 +6,20 @@ from math import isfinite
 
 import numpy as np
 
+from linearsr.metrics import smallest_side
+from linearsr.protocols import PROTOCOLS
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.data.crew import Crew, SerialCrew
 from linearsr_platform.data.degraded import lr_image
+from linearsr_platform.data.manifest import Manifest
 from linearsr_platform.data.reader import read_images
+from linearsr_platform.errors import UserError
 from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput
-from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of, tags_read, tags_told
+from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, check_request, measure_all, tables_of, tags_read, tags_told
 from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
 from linearsr_platform.stages.prepare import shards_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -65,6 +69,28 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     }
     tracked.log_dict(data, "evaluation.json")
     return StageOutput(_headline(next(iter(tables.values())).rows, context.recipe.evaluate.perceptual), data)
+
+
+def check_held_out(context: RunContext, manifest: Manifest) -> None:
+    """Refuse, before anything is trained, what could not be measured of the photographs that were held out.
+
+    Raises:
+        UserError: if there are too few of them for a metric, or the smallest is too small for one.
+    """
+    held_out, sizes = manifest.splits.get("held-out"), (manifest.sizes or {}).get("held-out")
+    if held_out is None or sizes is None:
+        return
+    request, scale = _request(context), context.recipe.model.scale
+    check_request(request, held_out.samples)
+    # Of the smallest area: a long, narrow one may be too small all the same, which measuring will say.
+    side = min(sizes.smallest) // scale * scale
+    for protocol, metrics in request.metrics.items():
+        for metric in metrics:
+            if side < (least := smallest_side(metric, PROTOCOLS[protocol].border_px)):
+                raise UserError(
+                    f"data.held_out: got a photograph of {sizes.smallest[0]} x {sizes.smallest[1]} px; expected sides of at least "
+                    f"{least} px for {metric!r} under {protocol!r}; fix: leave one of them out"
+                )
 
 
 def comparable(*, scale: int | None, degradation: object, seed: int, measured: Sequence[Measured]) -> dict[str, object]:

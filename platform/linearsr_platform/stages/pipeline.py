@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from linearsr_platform import storage
+from linearsr_platform.data.manifest import load_manifest
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.report.model import StageRecord
 from linearsr_platform.stages import assemble, evaluate, experts, finetune, prepare, pretrain, promote, register
@@ -20,8 +21,16 @@ FORMAT = 1
 
 TRAINED = ("prepare", "pretrain", "experts", "finetune")
 
+
+def _prepare(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
+    """Prepare, and refuse what the evaluation would, days of training later."""
+    output = prepare.run(context, url, tracked)
+    evaluate.check_held_out(context, load_manifest(url))
+    return output
+
+
 STAGES: dict[str, Stage] = {
-    "prepare": Stage((), prepare.settings, prepare.run),
+    "prepare": Stage((), prepare.settings, _prepare),
     "pretrain": Stage(("prepare",), pretrain.settings, pretrain.run),
     "experts": Stage(("prepare", "pretrain"), experts.settings, experts.run),
     "finetune": Stage(("prepare", "pretrain", "experts"), finetune.settings, finetune.run),
