@@ -1,5 +1,6 @@
 """What the client of a cluster's jobs decides by itself: how a log is followed across lost connections, and which Python runs a job."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,12 +19,13 @@ LOG = "step 1\nstep 2\nstep 3\n"
 class Connection:
     """Stands in for Ray's client: the log's connection breaks after a number of characters, and then nobody answers for a while."""
 
-    def __init__(self, *breaks: int, unanswered: int = 0) -> None:
-        self.breaks, self.unanswered = list(breaks), unanswered
+    def __init__(self, *breaks: int, unanswered: int = 0, silent_s: float = 0.0) -> None:
+        self.breaks, self.unanswered, self.silent_s = list(breaks), unanswered, silent_s
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         length = self.breaks.pop(0) if self.breaks else len(LOG)
         yield LOG[:length]
+        await asyncio.sleep(self.silent_s)
         if length < len(LOG):
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
@@ -69,6 +71,12 @@ def test_a_cluster_that_stays_away_is_named_at_last(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.1)
     with pytest.raises(UserError, match="which does not answer"):
         follow(Connection(9, unanswered=10**6))
+
+
+def test_a_job_that_printed_nothing_for_long_before_its_connection_was_lost_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.01)
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.5)
+    assert follow(Connection(9, unanswered=2, silent_s=0.6)) == LOG
 
 
 def test_the_head_decides_which_python_where_its_address_may_be_a_forwarded_port(monkeypatch: pytest.MonkeyPatch) -> None:

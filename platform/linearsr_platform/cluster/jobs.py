@@ -170,7 +170,7 @@ class JobClient:
         Raises:
             UserError, StageError: if the cluster has not answered for `PATIENCE_S`.
         """
-        seen, heard = 0, time.monotonic()
+        seen, unanswered_since = 0, None
         while True:
             position = 0
             try:
@@ -179,9 +179,8 @@ class JobClient:
                     new = piece[max(0, seen - position) :]
                     position += len(piece)
                     if new:
-                        seen += len(new)
+                        seen, unanswered_since = seen + len(new), None
                         yield new
-                    heard = time.monotonic()
             except (RuntimeError, OSError, aiohttp.ClientError):
                 # A forwarded port that is gone for a while is no reason to leave a job that goes on; what else is wrong `find` says.
                 pass
@@ -189,11 +188,13 @@ class JobClient:
                 ended = self.find(job.id).ended
                 rest = self.logs(job)[seen:] if ended else ""
             except (UserError, StageError) as error:
+                # Counted from the first question without an answer: before it, a job may have had nothing to print for hours.
+                unanswered_since = unanswered_since or time.monotonic()
                 passes = isinstance(error, StageError) or isinstance(error.__cause__, UNANSWERED)
-                if not passes or time.monotonic() - heard > PATIENCE_S:
+                if not passes or time.monotonic() - unanswered_since > PATIENCE_S:
                     raise
             else:
-                heard = time.monotonic()
+                unanswered_since = None
                 if rest:
                     yield rest
                 if ended:
