@@ -18,8 +18,9 @@ from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.record import JOB_FILE, OUTCOME_FILE, job_hash
 from linearsr_platform.cluster.trainer import fit
 from linearsr_platform.cluster.warm import train_here
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.stages import trials
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.search import run_search
 from linearsr_platform.stages.trials import ledger_of, trial_plan
@@ -159,6 +160,17 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_search_goes_on(folde
     # Named in the order in which processes came up, so known by what was broken, not by its name.
     assert [record.origin for record in failed] == ["bisection"]
     assert "fix: delete it to train" in failed[0].reason
+
+
+def test_trials_whose_process_never_comes_up_are_told_as_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_search import run_to, tiny_search
+
+    with tiny_search(folder, {"search.seed": 8, "experts.train.max_failures": 0, "search.trials": 2}) as context:
+        run_to(context, "profile")
+        # A process that cannot have so many threads ends before it has a trial.
+        monkeypatch.setattr(trials, "trial_plan", lambda context: replace(trial_plan(context), threads=0))
+        with pytest.raises(StageError, match="all 2 trials failed: .*positive integer"):
+            run_to(context, "trials")
 
 
 def test_the_command_compares_the_best_with_the_papers_and_leaves_a_recipe_fragment(searched, folder: Path) -> None:

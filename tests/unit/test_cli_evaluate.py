@@ -23,6 +23,7 @@ from linearsr_platform.cli.app import app
 from linearsr_platform.registry.evaluation import Evaluation
 from linearsr_platform.registry.models import find_version, read_evaluation
 from linearsr_platform.registry.register import register
+from linearsr_platform.storage import read_text
 from linearsr_platform.tracking.runs import Tracker
 from linearsr_platform.tracking.store import default_artifact_root, default_uri
 
@@ -192,6 +193,12 @@ def test_numbers_are_shown_before_they_are_written(pictures: Path) -> None:
     result = run(*settings, "--output", pictures)
     assert result.exit_code != 0
     assert "psnr_y" in result.stdout
+
+
+def test_numbers_are_written_to_a_store(pictures: Path) -> None:
+    settings = ("--restored", pictures / "sr", "--original", pictures / "hr", "--metric", "psnr_y")
+    assert run(*settings, "--output", "memory://evaluations/new/numbers.json").exit_code == 0
+    assert "psnr_y" in read_text("memory://evaluations/new/numbers.json")
 
 
 def test_without_originals_a_metric_that_needs_none_is_measured(pictures: Path) -> None:

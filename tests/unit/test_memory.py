@@ -165,6 +165,12 @@ def test_a_gpu_holds_mix_ffn_whole():
     assert model.activations_per_token() - beside == counted.peak / 1024
 
 
+@pytest.mark.parametrize(("device", "experts", "resident"), [("cuda", 1, 1), ("cuda", 4, 2), ("cpu", 1, 1), ("cpu", 4, 1)])
+def test_a_second_slot_is_for_another_expert_on_its_way_to_a_gpu(device, experts, resident):
+    model = MemoryModel(config=ModelConfig(), num_experts=experts, expert_parameters=1000, dtype_bytes=2, device_type=device)
+    assert (model.weights("one"), model.weights("all")) == (2000 * resident, 2000 * experts)
+
+
 @pytest.mark.parametrize("budget", [6 * 10**6, 20 * 10**6, 80 * 10**6])
 def test_no_picture_larger_than_the_largest_fits_over_a_dc_ae(tmp_path, budget):
     bundle = make_bundle(tmp_path / "m", prior="lr", codec=dc_ae(tmp_path, 16))

@@ -115,5 +115,7 @@ def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None
     assert [stage["stage"] for stage in json.loads(done.stdout)["training"]] == ["pretrain", "experts", "finetune"]
     wrong = CliRunner().invoke(app, ["plan", QUICKSTART, "--rate", "pretrian=3"])
     assert wrong.exit_code == 2
+    unset = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", "cluster.secrets.AWS_SECRET_ACCESS_KEY=env:LINEARSR_IS_NOT_SET"])
+    assert (unset.exit_code, "cluster.secrets.AWS_SECRET_ACCESS_KEY: got 'env:LINEARSR_IS_NOT_SET'" in unset.output) == (2, True)
     impossible = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.machines=[{cpus: 1}]"])
     assert impossible.exit_code == 1

@@ -283,6 +283,7 @@ def test_two_do_not_write_into_one_folder(arguments: list[str], mirror: Path, tm
         (["--what", "metric"], "--what: got 'metric'; expected some of metrics, codec"),
         (["--what", "tagger"], "fix: --tagger ram"),
         (["--tagger", "imagenet"], "--tagger: got 'imagenet'; expected one of ram, dape, clip"),
+        (["--into", "s3://bucket/weights"], "expected a folder of this machine"),
         (["--hub", "codec=dcae"], "--hub: got 'codec=dcae'"),
         (["--hub", "metrics=a/b"], "--hub: got 'metrics'"),
         (["--set", "evaluate.metrics=[psnr_z]"], 'evaluate.metrics[0]: got "psnr_z"'),

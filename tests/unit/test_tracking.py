@@ -13,7 +13,7 @@ from linearsr.config import CodecConfig
 from linearsr.guard import Trip
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.tracking.runs import FLUSH_AFTER_S, Tracker
-from linearsr_platform.tracking.store import check_reachable, default_artifact_root, default_uri
+from linearsr_platform.tracking.store import check_reachable, default_artifact_root, default_uri, how_to_open
 from linearsr_platform.tracking.values import flatten
 
 
@@ -191,6 +191,18 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is not a database, it is a text that somebody put here")
     with pytest.raises(UserError, match=r"tracking.uri: got 'sqlite:///.*mlflow.db'"):
         Tracker(default_uri(str(tmp_path)), "x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "opened"),
+    [
+        ("https://me:secret@mlflow.example:5000", "https://me:***@mlflow.example:5000"),
+        ("postgresql://me:secret@db/mlflow", "mlflow ui --backend-store-uri postgresql://me:***@db/mlflow"),
+        ("sqlite:///runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"),
+    ],
+)
+def test_a_server_is_opened_by_its_address_and_a_database_by_a_command_without_the_password(uri: str, opened: str) -> None:
+    assert how_to_open(uri) == opened
 
 
 def test_a_remote_storage_root_needs_a_server() -> None:

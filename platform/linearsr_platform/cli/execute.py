@@ -71,12 +71,12 @@ def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool,
             report = write(context, started=started, seconds=(datetime.now().astimezone() - started).total_seconds())
         storage.write_json(record, {"run_id": context.pipeline_run.run_id, "finished": True})
     print_search(report)
-    from linearsr_platform.tracking.store import without_password
+    from linearsr_platform.tracking.store import how_to_open
 
     for label, value in (
         ("report", storage.join(context.run_url, "search.html")),
         ("use it", f"linearsr run RECIPE --set experts.boundaries=from:{loaded.recipe.name} --update"),
-        ("MLflow", f"mlflow ui --backend-store-uri {without_password(context.tracker.uri)}"),
+        ("MLflow", how_to_open(context.tracker.uri)),
     ):
         typer.echo(f"{label:<9} {value}")
 
@@ -154,11 +154,11 @@ def open_context(
 
 
 def _say_where_to_look(context: "RunContext") -> None:
-    from linearsr_platform.tracking.store import without_password
+    from linearsr_platform.tracking.store import how_to_open
 
     for label, value in (
         ("pictures", storage.join(context.run_url, "pictures")),
         ("model", f"models:/{context.recipe.model_name}@champion"),
-        ("MLflow", f"mlflow ui --backend-store-uri {without_password(context.tracker.uri)}"),
+        ("MLflow", how_to_open(context.tracker.uri)),
     ):
         typer.echo(f"{label:<9} {value}")

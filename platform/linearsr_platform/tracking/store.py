@@ -113,6 +113,12 @@ def without_password(uri: str) -> str:
     return uri.replace(f":{password}@", ":***@") if password else uri
 
 
+def how_to_open(uri: str) -> str:
+    """Return what shows a store's runs in a browser: a server's own address, or the command that serves a database."""
+    safe = without_password(uri)
+    return safe if urlsplit(uri).scheme in ("http", "https") else f"mlflow ui --backend-store-uri {safe}"
+
+
 @contextmanager
 def mlflow_errors(doing: str) -> Iterator[None]:
     """Turn a failure of MLflow inside the block into one sentence.
