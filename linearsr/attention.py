@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearsr.forward_only import folded_attention, folding_pays, works_forward_only
 from linearsr.fused import relu_attention
-from linearsr.linear import Linear, linear_each, product_dtype
+from linearsr.linear import LendingLinear, Linear, linear_each, product_dtype
 
 EPS = 1e-15
 """Added to a query's normaliser. Source: diffusers' SANA; method.md 2.3."""
@@ -57,14 +58,19 @@ class LinearAttention(nn.Module):
         """Make projections; `qkv` has no bias, `out` has one, as in SANA."""
         super().__init__()
         self.head_width = head_width
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width)
+        self.qkv = LendingLinear(width, 3 * width, bias=False)
+        self.out = LendingLinear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.qk_norm = qk_norm
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Mix tokens: (B, N, C) -> (B, N, C)."""
+        if not self.qk_norm and works_forward_only(x_BNC) and folding_pays(x_BNC):
+            # One inside the other, so that both are lent at once.
+            return self.qkv(  # type: ignore[no-any-return]
+                x_BNC, use=lambda x, qkv, _: self.out(x, use=lambda x, out, bias: self._folded(x, qkv, out, bias))
+            )
         qkv_BNC3 = self.qkv(x_BNC)
         if self.qk_norm:
             query, key, value = qkv_BNC3.chunk(3, dim=-1)
@@ -73,6 +79,12 @@ class LinearAttention(nn.Module):
         if self.probe is not None:
             self.probe(x_BNC, normaliser)
         return self.out(mixed_BNC)  # type: ignore[no-any-return]
+
+    def _folded(self, x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+        result_BNC, normaliser = folded_attention(x_BNC, qkv, out, bias, self.head_width, EPS)
+        if self.probe is not None:
+            self.probe(x_BNC, normaliser)
+        return result_BNC
 
 
 @dataclass(frozen=True)
@@ -116,17 +128,6 @@ def absorption_pays(num_tokens: int, caption_tokens: int, width: int, num_heads:
     Before, 2 C (C + T) an image token; after, 2 H T C, and 2 T C C once.
     """
     return caption_tokens * width + num_tokens * num_heads * caption_tokens < num_tokens * (width + caption_tokens)
-
-
-class LendingLinear(Linear):
-    """A linear layer whose weights are also used from outside, during a call: DeepSpeed's ZeRO 3 gathers them for a call alone."""
-
-    def forward(self, input: Tensor, use: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:  # noqa: A002
-        """Project the last axis of `input`; or return what `use` makes of it, the weight and the bias.
-
-        That is one tensor either way: ZeRO 3 notes a call for each tensor, and workers may not differ in them.
-        """
-        return super().forward(input) if use is None else use(input, self.weight, self.bias)
 
 
 class CrossAttention(nn.Module):

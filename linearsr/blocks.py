@@ -4,14 +4,17 @@ Shape suffixes: B batch, N tokens = H x W of the latent grid, T caption tokens, 
 Source: method.md 2.2, 2.5.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from linearsr.attention import AbsorbedCaption, CrossAttention, KeyValue, LinearAttention
 from linearsr.config import BackboneConfig
 from linearsr.depthwise import gated_depthwise
+from linearsr.forward_only import mix_ffn, works_forward_only
 from linearsr.fused import modulated_norm
-from linearsr.linear import Linear
+from linearsr.linear import LendingLinear
 
 
 class GatedDepthwise(nn.Conv2d):
@@ -21,9 +24,13 @@ class GatedDepthwise(nn.Conv2d):
         """Make the convolution over 2 x `hidden` channels."""
         super().__init__(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
 
-    def forward(self, hidden_BNF2: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """Transform tokens on their (H, W) grid: (B, N, 2 F) -> (B, N, F)."""
+    def forward(  # type: ignore[override]
+        self, hidden_BNF2: Tensor, grid: tuple[int, int], use: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Transform tokens on their (H, W) grid: (B, N, 2 F) -> (B, N, F); or lend the weights, as `LendingLinear` does."""
         assert self.bias is not None  # noqa: S101 (made with one)
+        if use is not None:
+            return use(hidden_BNF2, self.weight, self.bias)
         return gated_depthwise(hidden_BNF2, self.weight, self.bias, grid)
 
 
@@ -33,13 +40,26 @@ class MixFFN(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         """Make the two pointwise projections and the depthwise convolution between them."""
         super().__init__()
-        self.up = Linear(width, 2 * hidden)
+        self.up = LendingLinear(width, 2 * hidden)
         self.depthwise = GatedDepthwise(hidden)
-        self.down = Linear(hidden, width, bias=False)
+        self.down = LendingLinear(hidden, width, bias=False)
 
     def forward(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Transform tokens on their (H, W) grid: (B, N, C) -> (B, N, C)."""
+        if works_forward_only(x_BNC):
+            return self._forward_only(x_BNC, grid)
         return self.down(self.depthwise(self.up(x_BNC), grid))  # type: ignore[no-any-return]
+
+    def _forward_only(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Call the same modules in the same order, one inside the other, so that all weights are lent at once."""
+
+        def with_up(x_BNC: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+            def with_kernel(x_BNC: Tensor, kernel: Tensor, offset: Tensor) -> Tensor:
+                return self.down(x_BNC, use=lambda x, down, _: mix_ffn(x, (up, bias), (kernel, offset), down, grid))  # type: ignore[no-any-return]
+
+            return self.depthwise(x_BNC, grid, use=with_kernel)  # type: ignore[no-any-return]
+
+        return self.up(x_BNC, use=with_up)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ On a CPU torch sends float32 products to its BLAS, MKL in the released builds, w
 MKL is the faster, 85 against 65. Half precision then has no library at all: torch multiplies one number at a time, 8 GFLOP/s.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,17 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Project the last axis: (..., in_features) -> (..., out_features)."""
         return linear(input, self.weight, self.bias)
+
+
+class LendingLinear(Linear):
+    """A linear layer whose weights are also used from outside, during a call: DeepSpeed's ZeRO 3 gathers them for a call alone."""
+
+    def forward(self, input: Tensor, use: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:  # noqa: A002
+        """Project the last axis of `input`; or return what `use` makes of it, the weight and the bias.
+
+        That is one tensor either way: ZeRO 3 notes a call for each tensor, and workers may not differ in them.
+        """
+        return super().forward(input) if use is None else use(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,6 +107,35 @@ def _has_avx512() -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias for float32 matrices, (R, I) and (O, I) -> (R, O)."""
-    if not _for_onednn(x.shape[0], weight):
+    if x.dtype != torch.float32 or not _for_onednn(x.shape[0], weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001 (no public name)
+
+
+def product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write x weight^T + bias to `out`, which may have another dtype: x (..., I), weight (O, I), bias (O,) -> (..., O); no gradient.
+
+    All must be in one piece of memory.
+    """
+    rows, into = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if out.dtype != x.dtype or (x.dtype == torch.float32 and _for_onednn(len(rows), weight)):
+        into.copy_(_product(rows, weight, bias))
+    elif bias is None:
+        torch.mm(rows, weight.t(), out=into)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=into)
+
+
+def products_into(out_BNO: Tensor, x_BNI: Tensor, weight_BOI: Tensor, bias: Tensor) -> None:
+    """Do `product_into` for every sample with a weight of its own."""
+    for out, x, weight in zip(out_BNO, x_BNI, weight_BOI, strict=True):
+        product_into(out, x, weight, bias)
+
+
+def add_products(total_BOI: Tensor, left_BNO: Tensor, right_BNI: Tensor) -> None:
+    """Add left^T right to `total`, sample by sample; no gradient."""
+    for total, left, right in zip(total_BOI, left_BNO, right_BNI, strict=True):
+        if left.dtype == torch.float32 and _for_onednn(left.shape[1], right.t()):
+            total.add_(_product(left.t(), right.t()))
+        else:
+            total.addmm_(left.t(), right)

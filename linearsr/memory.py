@@ -19,6 +19,8 @@ from linearsr.codec_source import CodecError
 from linearsr.colour import ColourFix
 from linearsr.config import ModelConfig
 from linearsr.dcae import tile_size
+from linearsr.forward_only import folded_values, mix_ffn_values
+from linearsr.linear import product_dtype
 from linearsr.residency import Residency, expert_parameters, network_dtype
 from linearsr.tiles import Tiling, cut, whole
 from linearsr.upscaler import token_grid
@@ -38,6 +40,8 @@ SMALLEST_CODEC_TILE = 16
 """Smallest tile of a DC-AE that is advised where larger ones do not fit: the last with its full overlap. Mean squared difference to whole
 decoding over the picture's variance, 48 x 48 positions, a small autoencoder of SANA's kinds of stages with random weights: of white latents
 0.10 at 32, 0.19 at 16, 0.38 at 8, 0.54 at 4; of smooth ones 0.33, 0.48, 0.63, 0.70."""
+HUGE = 1 << 16
+"""Side of a picture, in tokens, that is larger than any."""
 USABLE = 0.8
 """Share of the free memory that a plan may use: allocators fragment, and the plan is an estimate."""
 SYSTEM_MEMORY = Path("/proc/meminfo")
@@ -138,21 +142,49 @@ class MemoryModel:
         slots = self.num_experts if residency == "all" else min(self.num_experts, 2 if self.device_type == "cuda" else 1)
         return self.expert_parameters * self.dtype_bytes * slots + self._codec_weights
 
-    def activations_per_token(self) -> int:
-        """Return the bytes a token takes at the widest point of a block, with the network's input beside it.
+    def activations(self, grid: tuple[int, int]) -> int:
+        """Return the bytes of one forward at the widest point of a block, with the network's input beside it.
 
-        Mix-FFN: stream and modulated input 2 C, its hidden map 2 F, the same activated 2 F and after the depthwise convolution 2 F,
-        and the product F; a CPU, which has the second and third in bands, is counted F less. Attention: stream and modulated input
-        2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C, the quotient's two parts 2 C.
+        A GPU. Mix-FFN: stream and modulated input 2 C, its hidden map 2 F, the same activated 2 F and after the depthwise convolution
+        2 F, and the product F. Attention: see `_attention`. A CPU has Mix-FFN and attention in pieces, see `linearsr.forward_only`, so
+        that stream, modulated input and result, 3 C, are all that all tokens have there, and cross-attention can be wider.
         """
-        shape, size = self.config.backbone, self.dtype_bytes
-        maps = 7 if self.device_type == "cuda" else 6
-        feed_forward = (2 * shape.width + maps * shape.ffn_width) * size
-        wide = max(size, 4)
-        copied = 3 if size < 4 else 2
-        attention = 5 * shape.width * size + (copied + 2) * shape.width * wide
-        inputs = (self.config.codec.latent_channels + 2 * shape.stem_width) * size
-        return max(feed_forward, attention) + inputs
+        shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
+        num_tokens = grid[0] * grid[1]
+        inputs = num_tokens * (self.config.codec.latent_channels + 2 * shape.stem_width) * size
+        if self.device_type == "cuda":
+            return inputs + max(num_tokens * (2 * shape.width + 7 * shape.ffn_width) * size, self._attention(num_tokens))
+        stream = num_tokens * 3 * shape.width * size
+        weights = 3 * shape.ffn_width * shape.width * self._copied
+        feed_forward = stream + mix_ffn_values(grid, shape.ffn_width) * wide + weights
+        return inputs + max(feed_forward, self._attention(num_tokens), self._cross_attention(num_tokens))
+
+    def _attention(self, num_tokens: int) -> int:
+        """Return the bytes of attention.
+
+        Stream and modulated input 2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C, the quotient's two parts 2 C. Folded: stream,
+        modulated input and result 3 C, the normaliser, and what `folded_values` counts.
+        """
+        shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
+        folds = self.device_type == "cpu" and not shape.qk_norm and num_tokens >= shape.width and (size >= 4 or self._copied > 0)
+        if not folds:
+            copied = 3 if size < 4 else 2
+            return num_tokens * shape.width * (5 * size + (copied + 2) * wide)
+        normaliser = shape.width // shape.head_width * wide
+        weights = 4 * shape.width**2 * self._copied
+        return num_tokens * (3 * shape.width * size + normaliser) + folded_values(num_tokens, shape.width) * wide + weights
+
+    def _cross_attention(self, num_tokens: int) -> int:
+        """Return the bytes of cross-attention on a CPU.
+
+        Stream, queries, mixed values and result 4 C; halves without instructions have float32 copies of queries, and of the last
+        projection's input and result. Absorbed: stream and result 2 C, the same in float32, scores and shares 2 H T.
+        """
+        shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
+        plain = shape.width * (4 * size + 3 * self._copied)
+        copies = 0 if size >= 4 else 2 * wide
+        absorbed = shape.width * (2 * size + copies) + 2 * shape.num_cross_heads * self._absorbed(num_tokens) * wide
+        return num_tokens * max(plain, absorbed)
 
     def captions(self, num_tokens: int) -> int:
         """Return the bytes of a caption as all blocks of one expert read it, at its longest for a picture of `num_tokens`.
@@ -160,18 +192,16 @@ class MemoryModel:
         Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32; halves are absorbed on a CPU alone.
         """
         shape = self.config.backbone
-        heads, lengths = shape.num_cross_heads, range(self.caption_tokens, 0, -1)
-        absorbs = not shape.qk_norm and (self.dtype_bytes >= 4 or self.device_type == "cpu")
-        absorbed = next((length for length in lengths if absorbs and absorption_pays(num_tokens, length, shape.width, heads)), 0)
-        plain, wide = self.caption_tokens * self.dtype_bytes, heads * absorbed * max(self.dtype_bytes, 4)
+        plain = self.caption_tokens * self.dtype_bytes
+        wide = shape.num_cross_heads * self._absorbed(num_tokens) * max(self.dtype_bytes, 4)
         return 2 * shape.num_blocks * shape.width * max(plain, wide)
 
     def network(self, tiling: Tiling) -> int:
         """Return the bytes of latents and captions, which cover the picture, and of activations, which cover a tile."""
-        tokens, tile_tokens = tiling.grid[0] * tiling.grid[1], tiling.side[0] * tiling.side[1]
+        tokens = tiling.grid[0] * tiling.grid[1]
         latents = LATENT_STATE * 4 * self.config.codec.latent_channels
         held = tokens * (latents + 4 * self.config.backbone.stem_width) + self._low(tiling.grid)
-        return held + self.captions(tokens) + tile_tokens * self.activations_per_token()
+        return held + self.captions(tokens) + self.activations(tiling.side)
 
     def picture(self, grid: tuple[int, int], colour_fix: ColourFix = "none") -> int:
         """Return the bytes of an embedded codec's decoding, and of a colour fix."""
@@ -233,7 +263,8 @@ class MemoryModel:
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
         """Return the side of the largest square output, in pixels, that fits at once without a colour fix; 0 if none does."""
         room = budget_bytes - self.weights(residency)
-        per_token = max(self.network(whole((1, 1))) - self.captions(1), self.picture((1, 1)))
+        # Of a picture so large that what does not grow with it is nothing; no picture takes less a token.
+        per_token = max(self.network(whole((HUGE, HUGE))) // HUGE**2, self.picture((1, 1)))
         side = isqrt(max(0, room // per_token))
         # A codec's tiles get smaller where one more is needed, so its bytes do not only grow; captions take theirs at any size.
         while side > 0 and max(self.network(whole((side, side))), self.coding((side, side))) > room:
@@ -249,6 +280,20 @@ class MemoryModel:
             if plan.weight_bytes + max(plan.network_bytes, plan.picture_bytes, coding) <= plan.budget_bytes:
                 return tile
         return None
+
+    def _absorbed(self, num_tokens: int) -> int:
+        """Return the most tokens of a caption that are absorbed for so many tokens of a picture."""
+        shape = self.config.backbone
+        if shape.qk_norm or (self.dtype_bytes < 4 and self.device_type != "cpu"):
+            return 0
+        lengths = range(self.caption_tokens, 0, -1)
+        return next((length for length in lengths if absorption_pays(num_tokens, length, shape.width, shape.num_cross_heads)), 0)
+
+    @property
+    def _copied(self) -> int:
+        """Bytes of a weight's float32 copy while a CPU multiplies halves that it has no instructions for; else 0."""
+        halves = self.device_type == "cpu" and self.dtype_bytes < 4
+        return 4 if halves and product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32 else 0
 
     @property
     def _codec_weights(self) -> int:

@@ -38,6 +38,9 @@ class NetworkTask:
     def loss(self, module: nn.Module, batch: dict[str, Tensor], _: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         return (module(batch["z"], batch["t"], batch["lr"], batch["tags"]) - batch["z"]).square().mean(), {}
 
+    def validate(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"error": (module(batch["z"], batch["t"], batch["lr"], batch["tags"]) - batch["z"]).square().mean(dim=(1, 2, 3))}
+
 
 def share(step: int, rank: int, world: int) -> dict[str, Tensor]:
     """Return a worker's samples: those of the first half of the global batch have two tags, the others as many as there are."""
@@ -70,10 +73,16 @@ def work(folder: Path, rank: int, world: int, arguments: list[str]) -> None:
     zero = ZeroConfig(stage=int(arguments[0]), extra={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
     config = TrainConfig(max_steps=STEPS, batch_size=GLOBAL_BATCH, workers=world, zero=zero)
     engine = DeepSpeedEngine(NetworkTask(), config, seed=0)
-    losses = [float(engine.train_step([share(step, rank, world)], lr=1e-3).loss) for step in range(STEPS)]
+    losses, errors = [], []
+    for step in range(STEPS):
+        losses.append(float(engine.train_step([share(step, rank, world)], lr=1e-3).loss))
+        # Without a gradient a CPU takes another way through the same modules.
+        errors.append(engine.validate(share(step, rank, world))["error"].tolist())
     weights = {name: float(value.norm()) for name, value in engine.full_weights().items()}
     engine.close()
-    (folder / f"{world}-{rank}.json").write_text(json.dumps({"losses": losses, "weights": weights, "absorbed": sorted(set(ways))}))
+    (folder / f"{world}-{rank}.json").write_text(
+        json.dumps({"losses": losses, "errors": errors, "weights": weights, "absorbed": sorted(set(ways))})
+    )
 
 
 def run_workers(folder: Path, world: int, stage: int) -> list[dict]:
@@ -88,6 +97,8 @@ def test_two_workers_with_captions_of_other_lengths_learn_what_one_without_shard
     assert [worker["absorbed"] for worker in together] == [[True], [False]]
     means = [sum(losses) / 2 for losses in zip(*(worker["losses"] for worker in together), strict=True)]
     assert means == pytest.approx(alone["losses"], rel=1e-5)
+    errors = [first + second for first, second in zip(*(worker["errors"] for worker in together), strict=True)]
+    torch.testing.assert_close(torch.tensor(errors), torch.tensor(alone["errors"]), rtol=1e-5, atol=0)
     assert together[0]["weights"] == pytest.approx(alone["weights"], rel=1e-5)
 
 

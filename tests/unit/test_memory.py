@@ -111,7 +111,7 @@ def test_the_plan_of_a_wide_network_over_a_dc_ae_is_within_a_quarter_of_what_is_
 
 def test_sanas_codec_makes_a_picture_that_would_fit_go_in_tiles_or_not_at_all():
     config = ModelConfig(codec=CodecConfig(kind="dc-ae", factor=32, source="dc-ae"), backbone=BACKBONES["sana-1600m"], prior="lr")
-    without = MemoryModel(config=config, num_experts=4, expert_parameters=1_605_000_000, dtype_bytes=4)
+    without = MemoryModel(config=config, num_experts=4, expert_parameters=1_605_000_000, dtype_bytes=4, device_type="cuda")
     codec = CodecMemory.counted(SANA, config.codec.tile)
     counted = replace(without, codec=codec)
     size = (1536, 1536)
@@ -162,7 +162,7 @@ def test_a_gpu_holds_mix_ffn_whole():
         with LiveBytes() as counted:
             layer(tokens, (32, 32))
     beside = (2 * shape.width + model.config.codec.latent_channels + 2 * shape.stem_width) * 2
-    assert model.activations_per_token() - beside == counted.peak / 1024
+    assert model.activations((32, 32)) / 1024 - beside == counted.peak / 1024
 
 
 @pytest.mark.parametrize(("device", "experts", "resident"), [("cuda", 1, 1), ("cuda", 4, 2), ("cpu", 1, 1), ("cpu", 4, 1)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearsr.attention import LinearAttention, relu_linear_attention
 from linearsr.backbone import Backbone
+from linearsr.blocks import Block
 from linearsr.codec import make_codec
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import BACKBONES, BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, TagsConfig
@@ -188,6 +189,40 @@ def test_results_do_not_depend_on_the_bands_that_a_cpu_works_on(monkeypatch: pyt
     torch.testing.assert_close(results(), whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("values", "tokens"), [(1, 1), (1, 14), (500, 1), (1 << 20, 256)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_block_without_a_gradient_gives_what_it_gives_with_one(
+    monkeypatch: pytest.MonkeyPatch, batch: int, values: int, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("linearsr.bands.CACHED_VALUES", values)
+    monkeypatch.setattr("linearsr.bands.MIN_TOKENS", tokens)
+    block = Block(BackboneConfig(width=32, num_blocks=1, num_cross_heads=2)).double()
+    seen: list[tuple[Tensor, Tensor]] = []
+    block.attention.probe = lambda *shown: seen.append(shown)
+    for grid in ((6, 7), (1, 9), (9, 1), (40, 1)):  # 9 tokens are too few for the width to fold projections
+        x, caption, modulation = (torch.randn(batch, count, 32, dtype=torch.float64) for count in (grid[0] * grid[1], 5, 6))
+        x[0, 0] = 0
+
+        def run() -> Tensor:
+            return block(x, block.cross.project(caption, None), modulation, grid)  # noqa: B023 (called in this turn)
+
+        expected = run().detach()
+        with torch.no_grad():
+            torch.testing.assert_close(run(), expected)
+        (_, with_gradient), (_, without) = seen[-2:]
+        torch.testing.assert_close(without, with_gradient)
+
+
+@pytest.mark.parametrize("dead", ["query", "key"])
+def test_attention_without_a_gradient_gives_zero_where_queries_or_keys_are_dead(dead: str) -> None:
+    torch.manual_seed(0)
+    attention, x = LinearAttention(8, 4), torch.rand(2, 9, 8)
+    with torch.no_grad():
+        attention.qkv.weight.view(3, 8, 8)[("query", "key").index(dead)] = -1
+        assert torch.equal(attention(x), attention.out.bias.expand(2, 9, 8))
+
+
 def test_halves_are_multiplied_in_float32_where_the_processor_has_no_instructions_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("linearsr.linear._has_instructions", lambda half: False)
@@ -204,6 +239,15 @@ def test_halves_are_multiplied_in_float32_where_the_processor_has_no_instruction
     hidden, weight, bias = (part.bfloat16() for part in (torch.randn(2, 6, 38), torch.randn(38, 1, 3, 3), torch.randn(38)))
     wide = gated_depthwise(hidden.float(), weight.float(), bias.float(), (2, 3))
     assert torch.equal(gated_depthwise(hidden, weight, bias, (2, 3)), wide.bfloat16())
+    block, x, caption = (
+        Block(BackboneConfig(width=32, num_blocks=1, num_cross_heads=2)).bfloat16(),
+        torch.randn(1, 42, 32),
+        torch.randn(1, 5, 32),
+    )
+    arguments = (block.cross.project(caption.bfloat16(), None), torch.randn(1, 6, 32).bfloat16(), (6, 7))
+    with_gradient = block(x.bfloat16(), *arguments).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x.bfloat16(), *arguments), with_gradient, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
