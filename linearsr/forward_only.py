@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.bands import largest_piece, pieces
-from linearsr.linear import add_products, product_dtype, product_into, products_into
+from linearsr.linear import add_products, product, product_dtype, product_into, products_into
 
 aten = torch.ops.aten
 
@@ -53,14 +53,11 @@ def folded_attention(x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, head
     (batch, tokens, width), wide = x_BNC.shape, product_dtype(x_BNC)
     heads = width // head_width
     queries, keys, values = qkv.to(wide).view(3, width, width)
-    memory = torch.empty(0, dtype=wide)
     cuts = list(pieces(batch, tokens, width, 1))
     state_BCC, total_BC = x_BNC.new_zeros((batch, width, width), dtype=wide), x_BNC.new_zeros((batch, width), dtype=wide)
     for samples, part in cuts:
         x_bnC = x_BNC[samples, part].to(wide)
-        key_bnC, memory = _taken(memory, x_bnC.shape)
-        product_into(key_bnC, x_bnC, keys)
-        key_bnC.clamp_min_(0)
+        key_bnC = product(x_bnC, keys).clamp_min_(0)
         add_products(state_BCC[samples], key_bnC, x_bnC)
         total_BC[samples] += key_bnC.sum(dim=1)
     values_HCD = values.view(heads, head_width, width).transpose(1, 2)
@@ -71,9 +68,7 @@ def folded_attention(x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, head
     normaliser_BNH = x_BNC.new_empty((batch, tokens, heads), dtype=wide)
     for samples, part in cuts:
         x_bnC = x_BNC[samples, part].to(wide)
-        query_bnC, memory = _taken(memory, x_bnC.shape)
-        product_into(query_bnC, x_bnC, queries)
-        query_bnC.clamp_min_(0)
+        query_bnC = product(x_bnC, queries).clamp_min_(0)
         normaliser_bnH = normaliser_BNH[samples, part]
         torch.bmm(query_bnC, total_BC[samples, :, None] * own_CH, out=normaliser_bnH)
         query_bnC.view(*normaliser_bnH.shape, head_width).div_((normaliser_bnH + eps)[..., None])
@@ -100,10 +95,10 @@ def mix_ffn(x_BNC: Tensor, up: tuple[Tensor, Tensor], depthwise: tuple[Tensor, T
     for band in _bands(x_BHWC, len(weight)):
         active, memory = band.memory(memory, x_BHWC, len(weight), active)
         fresh_bRWF2 = active[:, band.first : band.first + band.fresh.stop - band.fresh.start]
-        product_into(fresh_bRWF2, x_BHWC[band.samples, band.fresh].to(wide), weight, bias)
-        if wide != x_BNC.dtype:
-            fresh_bRWF2.copy_(fresh_bRWF2.to(x_BNC.dtype))  # As the modules round.
-        aten.silu.out(fresh_bRWF2, out=fresh_bRWF2)
+        # Rounded as the modules do.
+        hidden_bRWF2 = product(x_BHWC[band.samples, band.fresh].to(wide), weight, bias).to(x_BNC.dtype).to(wide)
+        aten.silu.out(hidden_bRWF2, out=fresh_bRWF2)
+        del hidden_bRWF2
         product_into(out_BHWC[band.samples, band.rows], _gated(active, kernel, offset, 1 - band.halo), last)
     return out_BHWC.flatten(1, 2)
 

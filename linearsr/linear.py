@@ -112,6 +112,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001 (no public name)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `linear` does, without a gradient and in the dtype of all three: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
+    return _product(x.view(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
 def product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Write x weight^T + bias to `out`, which may have another dtype: x (..., I), weight (O, I), bias (O,) -> (..., O); no gradient.
 
