@@ -169,7 +169,7 @@ def test_trials_whose_process_never_comes_up_are_told_as_failed(folder: Path, mo
         run_to(context, "profile")
         # A process that cannot have so many threads ends before it has a trial.
         monkeypatch.setattr(trials, "trial_plan", lambda context: replace(trial_plan(context), threads=0))
-        with pytest.raises(StageError, match="all 2 trials failed: .*positive integer"):
+        with pytest.raises(StageError, match=r"all 2 trials failed: .*positive integer"):
             run_to(context, "trials")
 
 
