@@ -53,7 +53,7 @@ def folded_attention(x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, head
     (batch, tokens, width), wide = x_BNC.shape, product_dtype(x_BNC)
     heads = width // head_width
     queries, keys, values = qkv.to(wide).view(3, width, width)
-    cuts = list(pieces(batch, tokens, width, 1))
+    cuts = list(pieces(batch, tokens, width, 1, width**2))
     state_BCC, total_BC = x_BNC.new_zeros((batch, width, width), dtype=wide), x_BNC.new_zeros((batch, width), dtype=wide)
     for samples, part in cuts:
         x_bnC = x_BNC[samples, part].to(wide)
@@ -105,13 +105,13 @@ def mix_ffn(x_BNC: Tensor, up: tuple[Tensor, Tensor], depthwise: tuple[Tensor, T
 
 def folded_values(num_tokens: int, width: int) -> int:
     """Return how many values `folded_attention` of one sample has in memory beside its input, result and normaliser."""
-    return largest_piece(num_tokens, width, 1) * width + 3 * width**2
+    return largest_piece(num_tokens, width, 1, width**2) * width + 3 * width**2
 
 
-def mix_ffn_values(grid: tuple[int, int], hidden: int) -> int:
+def mix_ffn_values(grid: tuple[int, int], width: int, hidden: int) -> int:
     """Return how many values `mix_ffn` of one sample has in memory beside its input and result, with F `hidden` channels."""
     height, across = grid
-    rows = largest_piece(height, across * 2 * hidden, across)
+    rows = largest_piece(height, across * 2 * hidden, across, 3 * width * hidden)
     halo = 0 if rows == height else 2
     return across * hidden * (2 * (rows + halo) + 3 * rows)
 
@@ -165,8 +165,8 @@ class _Band:
 
 
 def _bands(x_BHWC: Tensor, channels: int) -> Iterator[_Band]:
-    batch, height, across, _ = x_BHWC.shape
-    for samples, rows in pieces(batch, height, across * channels, across):
+    batch, height, across, width = x_BHWC.shape
+    for samples, rows in pieces(batch, height, across * channels, across, 3 * width * channels // 2):
         halo = int(rows != slice(0, height))
         start = rows.start + 1 if halo and rows.start > 0 else rows.start
         yield _Band(samples, rows, slice(start, min(rows.stop + halo, height)), halo, height)

@@ -156,7 +156,7 @@ class MemoryModel:
             return inputs + max(num_tokens * (2 * shape.width + 7 * shape.ffn_width) * size, self._attention(num_tokens))
         stream = num_tokens * 3 * shape.width * size
         weights = 3 * shape.ffn_width * shape.width * self._copied
-        feed_forward = stream + mix_ffn_values(grid, shape.ffn_width) * wide + weights
+        feed_forward = stream + mix_ffn_values(grid, shape.width, shape.ffn_width) * wide + weights
         return inputs + max(feed_forward, self._attention(num_tokens), self._cross_attention(num_tokens))
 
     def _attention(self, num_tokens: int) -> int:
