@@ -14,7 +14,8 @@ CACHED_VALUES = 1 << 20
 
 MIN_TOKENS = 256
 """Rows of a matrix product below which reading the weights costs more than the cache spares; four times as many where the weights do not
-stay in it either: Mix-FFN 2240 wide took 1.12 to 1.33 times as long in pieces of 256 as in one, 1152 wide up to 1.04 times."""
+stay in it either: of N = 1024 tokens, Mix-FFN 2240 wide took 1.14 and 1.33 times as long in pieces of 256 as its modules do, and 1.03 and
+1.12 times with as many as this; 1152 wide 0.94, 1.03 and 1.04 against 0.99, 0.94 and 0.87 (the last of 4096 tokens)."""
 CACHED_WEIGHTS = 1 << 22
 """Weights that stay in a cache that cores share."""
 
