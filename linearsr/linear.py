@@ -109,7 +109,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias for float32 matrices, (R, I) and (O, I) -> (R, O)."""
     if x.dtype != torch.float32 or not _for_onednn(x.shape[0], weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001 (no public name)
+    # It takes matrices in any strides, but reads a bias as if it were in one piece, and says nothing.
+    dense = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, dense, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001 (no public name)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
