@@ -71,14 +71,18 @@ class LinearAttention(nn.Module):
             return self.qkv(  # type: ignore[no-any-return]
                 x_BNC, use=lambda x, qkv, _: self.out(x, use=lambda x, out, bias: self._folded(x, qkv, out, bias))
             )
-        qkv_BNC3 = self.qkv(x_BNC)
-        if self.qk_norm:
-            query, key, value = qkv_BNC3.chunk(3, dim=-1)
-            qkv_BNC3 = torch.cat([self.norm_q(query), self.norm_k(key), value], dim=-1)
-        mixed_BNC, normaliser = relu_attention(qkv_BNC3, self.head_width, EPS)
+        mixed_BNC, normaliser = relu_attention(self._packed(x_BNC), self.head_width, EPS)
         if self.probe is not None:
             self.probe(x_BNC, normaliser)
         return self.out(mixed_BNC)  # type: ignore[no-any-return]
+
+    def _packed(self, x_BNC: Tensor) -> Tensor:
+        """Return queries, keys and values side by side, (B, N, 3 C)."""
+        qkv_BNC3: Tensor = self.qkv(x_BNC)
+        if not self.qk_norm:
+            return qkv_BNC3
+        query, key, value = qkv_BNC3.chunk(3, dim=-1)
+        return torch.cat([self.norm_q(query), self.norm_k(key), value], dim=-1)
 
     def _folded(self, x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor) -> Tensor:
         result_BNC, normaliser = folded_attention(x_BNC, qkv, out, bias, self.head_width, EPS)

@@ -29,8 +29,12 @@ def bands(count: int, values_each: int, like: Tensor, *, at_least: int = 1) -> l
         like: Any tensor on the device that works.
         at_least: Rows of a run, where there are so many.
     """
-    most = max(at_least, CACHED_VALUES // max(1, values_each)) if like.device.type == "cpu" else count
-    return _even(count, most)
+    return _even(count, _most(values_each, at_least) if like.device.type == "cpu" else count)
+
+
+def largest_band(count: int, values_each: int) -> int:
+    """Return how many of `count` rows a CPU has in one of their `bands` at most."""
+    return _largest(count, _most(values_each, 1))
 
 
 def pieces(batch: int, rows: int, values_each: int, tokens_each: int, weights: int) -> Iterator[tuple[slice, slice]]:
@@ -52,7 +56,11 @@ def pieces(batch: int, rows: int, values_each: int, tokens_each: int, weights: i
 
 def largest_piece(rows: int, values_each: int, tokens_each: int, weights: int) -> int:
     """Return how many rows of one sample `pieces` puts together at most."""
-    return -(-rows // -(-rows // _most_rows(values_each, tokens_each, weights)))
+    return _largest(rows, _most_rows(values_each, tokens_each, weights))
+
+
+def _most(values_each: int, at_least: int) -> int:
+    return max(at_least, CACHED_VALUES // max(1, values_each))
 
 
 def _most_rows(values_each: int, tokens_each: int, weights: int) -> int:
@@ -64,3 +72,7 @@ def _even(count: int, most: int) -> list[slice]:
     number = -(-count // most)
     edges = [count * index // number for index in range(number + 1)]
     return [slice(low, high) for low, high in pairwise(edges)]
+
+
+def _largest(count: int, most: int) -> int:
+    return -(-count // -(-count // most))

@@ -91,12 +91,13 @@ class _ReluAttention(torch.autograd.Function):
         parts, cuts = _Parts(qkv_BNC3, head_width), _token_bands(qkv_BNC3)
         state = _total(_state(parts.active(KEY, band), parts.wide(VALUE, band)) for band in cuts)
         out_BNC = qkv_BNC3.new_empty((*qkv_BNC3.shape[:2], qkv_BNC3.shape[2] // 3))
-        out_BHND, normalisers = _heads(out_BNC, head_width), []
+        out_BHND = _heads(out_BNC, head_width)
+        normaliser = qkv_BNC3.new_empty((*out_BHND.shape[:3], 1), dtype=parts.dtype)
         for band in cuts:
             summed = parts.active(QUERY, band) @ state  # (B, H, n, D + 1)
-            normalisers.append(summed[..., head_width:])
-            torch.div(summed[..., :head_width], normalisers[-1] + eps, out=out_BHND[:, :, band])
-        normaliser = normalisers[0].clone() if len(normalisers) == 1 else torch.cat(normalisers, dim=2)
+            # A copy: a view of it would keep a band's sums until the last.
+            below = normaliser[:, :, band].copy_(summed[..., head_width:])
+            torch.div(summed[..., :head_width], below + eps, out=out_BHND[:, :, band])
         ctx.save_for_backward(qkv_BNC3, out_BNC, state, normaliser)
         ctx.head_width, ctx.eps = head_width, eps
         ctx.mark_non_differentiable(normaliser)

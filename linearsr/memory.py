@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from linearsr.attention import absorption_pays
+from linearsr.bands import largest_band
 from linearsr.bundle import Bundle
 from linearsr.codec_memory import CodecMemory
 from linearsr.codec_source import CodecError
@@ -149,7 +150,7 @@ class MemoryModel:
         2 F, and the product F. Attention: see `_attention`. A CPU has Mix-FFN and attention in pieces, see `linearsr.forward_only`, so
         that stream, modulated input and result, 3 C, are all that all tokens have there, and cross-attention can be wider.
         """
-        shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
+        shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, self._copied)
         num_tokens = grid[0] * grid[1]
         inputs = num_tokens * (self.config.codec.latent_channels + 2 * shape.stem_width) * size
         if self.device_type == "cuda":
@@ -162,15 +163,17 @@ class MemoryModel:
     def _attention(self, num_tokens: int) -> int:
         """Return the bytes of attention.
 
-        Stream and modulated input 2 C, q, k, v 3 C, then in float32 the ReLU of q and k 2 C, the quotient's two parts 2 C. Folded: stream,
-        modulated input and result 3 C, the normaliser, and what `folded_values` counts.
+        Stream and modulated input 2 C, q, k, v 3 C, mixed values C, the normaliser, and of a band in float32 a query's ReLU and its sums
+        2 C. QK-norm: q, k, v as they are, normed, and side by side 8 C. Folded: stream, modulated input and result 3 C, the normaliser,
+        and what `folded_values` counts.
         """
         shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
-        folds = self.device_type == "cpu" and not shape.qk_norm and num_tokens >= shape.width and (size >= 4 or self._copied > 0)
-        if not folds:
-            copied = 3 if size < 4 else 2
-            return num_tokens * shape.width * (5 * size + (copied + 2) * wide)
+        folds = self.device_type == "cpu" and not shape.qk_norm and num_tokens >= shape.width and max(size, self._copied) >= 4
         normaliser = shape.width // shape.head_width * wide
+        if not folds:
+            band = largest_band(num_tokens, 3 * shape.width) if self.device_type == "cpu" else num_tokens
+            mixed = num_tokens * (6 * shape.width * size + normaliser) + band * 2 * shape.width * wide
+            return max(mixed, num_tokens * 10 * shape.width * size if shape.qk_norm else 0)
         weights = 4 * shape.width**2 * self._copied
         return num_tokens * (3 * shape.width * size + normaliser) + folded_values(num_tokens, shape.width) * wide + weights
 
@@ -189,7 +192,7 @@ class MemoryModel:
     def captions(self, num_tokens: int) -> int:
         """Return the bytes of a caption as all blocks of one expert read it, at its longest for a picture of `num_tokens`.
 
-        Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32; halves are absorbed on a CPU alone.
+        Keys and values, 2 T C a block, or absorbed weights, 2 H T C in float32; halves only where a CPU has no instructions for them.
         """
         shape = self.config.backbone
         plain = self.caption_tokens * self.dtype_bytes
@@ -284,7 +287,7 @@ class MemoryModel:
     def _absorbed(self, num_tokens: int) -> int:
         """Return the most tokens of a caption that are absorbed for so many tokens of a picture."""
         shape = self.config.backbone
-        if shape.qk_norm or (self.dtype_bytes < 4 and self.device_type != "cpu"):
+        if shape.qk_norm or (self.dtype_bytes < 4 and not self._copied):
             return 0
         lengths = range(self.caption_tokens, 0, -1)
         return next((length for length in lengths if absorption_pays(num_tokens, length, shape.width, shape.num_cross_heads)), 0)

@@ -26,9 +26,10 @@ from linearsr.upscaler import Upscaler
 from linearsr_platform.stages.upscaling import Outcome, describe
 
 
-def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", blocks=2, kind="euler", codec=None):
+def make_bundle(folder, *, width=64, factor=8, prior="lr", precision="float32", blocks=2, kind="euler", codec=None, qk_norm=False):
     codec = codec or CodecConfig(factor=factor)
-    config = ModelConfig(codec=codec, backbone=BackboneConfig(width=width, num_blocks=blocks, caption_width=8), prior=prior)
+    backbone = BackboneConfig(width=width, num_blocks=blocks, caption_width=8, qk_norm=qk_norm)
+    config = ModelConfig(codec=codec, backbone=backbone, prior=prior)
     channels = config.codec.latent_channels
     statistics = LatentStatistics(mean=(0.0,) * channels, std=(1.0,) * channels, residual_std=(0.1,) * channels)
     folder.mkdir()
@@ -64,11 +65,16 @@ def measured_peak(bundle, size_px, **options):
         {"width": 64, "factor": 4},
         {"width": 256, "factor": 16, "prior": "none", "kind": "dpm++2m"},
         {"width": 256, "factor": 8, "precision": "bfloat16"},
+        {"width": 256, "factor": 8, "precision": "bfloat16", "instructions": True},
+        {"width": 384, "factor": 8, "qk_norm": True},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("tile", [None, 16])
-def test_the_plan_is_within_a_quarter_of_what_is_counted(tmp_path, shape, tile):
+def test_the_plan_is_within_a_quarter_of_what_is_counted(monkeypatch, tmp_path, shape, tile):
+    shape = dict(shape)
+    has_instructions = shape.pop("instructions", False)
+    monkeypatch.setattr("linearsr.linear._has_instructions", lambda half: has_instructions)
     bundle = make_bundle(tmp_path / "m", **shape)
     side = 32 * bundle.config.lr_pixels_per_token
     plan = MemoryModel.of(bundle).plan((side, side), 10**12, residency="all", tile=tile, colour_fix="wavelet")
@@ -235,9 +241,12 @@ def test_parameters_are_counted_from_the_file_and_free_memory_is_a_number_of_byt
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "absorbed"), [("cpu", 4, True), ("cpu", 2, True), ("cuda", 4, True), ("cuda", 2, False)], ids=str
+    ("device", "size", "instructions", "absorbed"),
+    [("cpu", 4, False, True), ("cpu", 2, False, True), ("cpu", 2, True, False), ("cuda", 4, True, True), ("cuda", 2, True, False)],
+    ids=str,
 )
-def test_captions_are_counted_as_blocks_read_them(device, size, absorbed):
+def test_captions_are_counted_as_blocks_read_them(monkeypatch, device, size, instructions, absorbed):
+    monkeypatch.setattr("linearsr.linear._has_instructions", lambda half: instructions)
     shape = BACKBONES["sana-1600m"]
     config = ModelConfig(codec=CodecConfig(factor=4), backbone=shape)
     model = MemoryModel(config=config, num_experts=1, expert_parameters=0, dtype_bytes=size, device_type=device, caption_tokens=80)
