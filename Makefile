@@ -39,11 +39,12 @@ quickstart: install ## Train a small model on real photographs, release it, upsa
 	@echo "Report:   runs/quickstart/report.html"
 	@echo "MLflow:   $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 
-# One thread a process: workers of one test share the cores, and sums come out in the same order everywhere.
+# One thread a process: workers of one test share the cores, and sums come out in the same order everywhere. Two processes, because tests
+# with Ray mostly wait; who gets which is in tests/conftest.py, and those that take longest come first.
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: check ## Everything CI checks: `make check`, then every test that needs no GPU (an hour, on slow shared cores more)
-	@$(BIN)/python -m pytest -m "not gpu" $(wildcard tests/unit tests/contracts tests/distributed tests/chaos)
+	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(wildcard tests/chaos tests/distributed tests/unit tests/contracts)
 
 check: install ## Lint, formatting, types, import directions, Dockerfiles, shell scripts
 	@$(BIN)/ruff check .

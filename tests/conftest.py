@@ -1,7 +1,8 @@
-"""Shared by all tests: one thread a process, reproducible property tests, where the repository is."""
+"""Shared by all tests: one thread a process, reproducible property tests, which processes run them, where the repository is."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,23 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Shared machines make deadlines lie; the same examples on every machine make a failure everybody's.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+SHARED_CLUSTERS = ("tests/chaos/", "tests/distributed/")
+"""Folders whose tests share what takes long to start, and so stay in one process each."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a process of `pytest -n 2` a file at a time, or a whole folder, in the order of the command line."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FolderScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in SHARED_CLUSTERS if nodeid.startswith(folder)), nodeid.split("::", 1)[0])
+
+    config.option.loadscopereorder = False
+    return FolderScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
