@@ -122,6 +122,18 @@ def test_a_run_is_never_doubled_and_goes_on_after_a_stop(head: Head, tmp_path: P
     assert head.token not in told_of_both
 
 
+def test_a_stopped_job_gets_the_time_to_write_what_it_has(head: Head, tmp_path: Path) -> None:
+    # Twice as long as Ray would wait by itself.
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\ntrap 'sleep 6; echo all; exit 0' TERM\necho begun\nwhile :; do sleep 0.1; done\n")
+    slow.chmod(0o755)
+    job = head.linearsr("submit", SMOKE, "--python", str(slow), "--set", f"storage={tmp_path}/runs", "--set", "name=slow").stdout.split()[1]
+    assert head.log_has(job, "begun")
+    stopped = head.linearsr("stop", job)
+    assert stopped.returncode == 0, stopped.stderr
+    assert head.linearsr("logs", job).stdout.splitlines()[-1] == "all"
+
+
 def test_of_two_that_submit_at_once_one_wins(head: Head, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "linearsr_platform", "submit", SMOKE, "--address", head.address]
     command += ["--set", "name=twice", "--set", f"storage={tmp_path}/runs", "--set", "data.sources={none: /nonexistent}"]
