@@ -43,7 +43,7 @@ quickstart: install ## Train a small model on real photographs, release it, upsa
 # with Ray mostly wait; who gets which is in tests/conftest.py, and those that take longest come first.
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
-test: check ## Everything CI checks: `make check`, then every test that needs no GPU (an hour, on slow shared cores more)
+test: check ## Everything CI checks: `make check`, then every test that needs no GPU (half an hour, on slow shared cores more than twice that)
 	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(wildcard tests/chaos tests/distributed tests/unit tests/contracts)
 
 check: install ## Lint, formatting, types, import directions, Dockerfiles, shell scripts
