@@ -210,6 +210,14 @@ def test_missing_scores_become_dashes():
     assert "trade-off" not in Page(html).attributes("id")
 
 
+@pytest.mark.parametrize(("steps", "named"), [((1, 2), False), ((2, 4), True)])
+def test_the_one_step_estimate_has_one_name_among_the_step_counts(steps, named):
+    sweep = tuple(SweepPoint(steps=count, values={"psnr_y": 24.9, "gmsd": 0.1 + 0.01 * count}) for count in steps)
+    html = render_report(report(sweep=sweep), [])
+    assert 'class="point-name bicubic"' in html
+    assert ('class="point-name one_step"' in html) is named
+
+
 def test_sampler_that_never_calls_an_expert_is_told():
     assert "0: never runs" in render_report(report(sampling_times=(1.0, 0.9, 0.5)), [])
     assert "0: never runs" not in render_report(report(sampling_times=(1.0, 0.9, 0.5, 0.1)), [])

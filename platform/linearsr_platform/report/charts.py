@@ -128,7 +128,8 @@ def _better_side(metric: str, baseline: float, y: Scale) -> list[Markup]:
 def plane(sweep: Sequence[SweepPoint], rows: Sequence[EvaluationRow], distortion: str, perceptual: str) -> Markup:
     """Draw perception against distortion, better to the right and upwards: a dot for each step count, and the estimates that have none."""
     path_points = [(point.steps, (point.values[distortion], point.values[perceptual])) for point in sweep]
-    others = [(row, at) for row in rows if row.kind != "routed" and (at := _place(row.values, distortion, perceptual)) is not None]
+    shown = {"routed", "one_step"} if any(point.steps == 1 for point in sweep) else {"routed"}
+    others = [(row, at) for row in rows if row.kind not in shown and (at := _place(row.values, distortion, perceptual)) is not None]
     places = [at for _, at in path_points] + [at for _, at in others]
     x = _oriented(distortion, [at[0] for at in places], LEFT, RIGHT)
     y = _oriented(perceptual, [at[1] for at in places], BOTTOM, TOP)
