@@ -292,6 +292,7 @@ def test_ticks_are_inside_even_and_few(low, span, at_most):
 def test_first_points_do_not_flatten_the_plateau():
     low, high = svg.without_outliers([5.0, 24.0, 24.3, 24.4, 24.5, 24.45, 24.4, 24.5])
     assert (low, high) == (24.0, 24.5)
+    assert svg.without_outliers([22.0, 24.3, 24.4, 24.35, 24.4]) == (22.0, 24.4)
 
 
 def test_markup_escapes_all_but_markup():

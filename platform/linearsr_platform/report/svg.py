@@ -36,10 +36,17 @@ def padded(values: Iterable[float], *, share: float = 0.08) -> tuple[float, floa
     return low - margin, high + margin
 
 
+HANDFUL = 8
+"""Evaluations below which none is taken for an outlier."""
+
+
 def without_outliers(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range that shows a plateau: far outliers, such as the first points of a curve, do not stretch it."""
+    """Return the range that shows a plateau: far outliers, such as the first points of a curve, do not stretch it.
+
+    Of a handful of evaluations one or another lies several interquartile ranges away by noise alone, and all are shown.
+    """
     first, third = np.percentile(values, [25, 75])
-    reach = 3.0 * (third - first)
+    reach = 8.0 * (third - first) if len(values) >= HANDFUL else np.inf
     inside = [value for value in values if first - reach <= value <= third + reach]
     return min(inside), max(inside)
 
