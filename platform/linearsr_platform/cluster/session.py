@@ -37,6 +37,8 @@ ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Threads of a worker that wait for each other sleep instead of spinning in other workers' time.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Torch asks for huge pages for large tensors, see `linearsr_platform.cli.environment`.
+    "THP_MEM_ALLOC_ENABLE": "1",
     # DeepSpeed refuses to start without it; Ray Train sets it anew in its workers, a lone process of another kind has nobody who does.
     "LOCAL_RANK": "0",
     # Tune by itself prints what it is about to do and every error, writes results into three kinds of log, and swallows Ctrl-C.
