@@ -1,9 +1,9 @@
 """A linear layer that takes the fastest of the matrix libraries inside torch.
 
 On a CPU torch sends float32 products to its BLAS, MKL in the released builds, which does not use the AVX-512 of other makers' processors:
-107 against 220 GFLOP/s of oneDNN on one core of an AMD EPYC of 512 bits a cycle, 97 against 104 on one of 256. oneDNN is in the same torch,
-and just as exact. Without AVX-512 MKL is the faster, 85 against 65. Half precision then has no library at all: torch multiplies one number
-at a time, 8 GFLOP/s.
+107 against 220 GFLOP/s of oneDNN on one core of an AMD EPYC that has it, 97 against 104 on another. oneDNN is in the same torch, and just
+as exact. Without AVX-512 MKL is the faster, 85 against 65. Half precision then has no library at all: torch multiplies one number at a
+time, 8 GFLOP/s.
 """
 
 from collections.abc import Callable
