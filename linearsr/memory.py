@@ -185,8 +185,7 @@ class MemoryModel:
         """
         shape, size, wide = self.config.backbone, self.dtype_bytes, max(self.dtype_bytes, 4)
         plain = shape.width * (4 * size + 3 * self._copied)
-        copies = 0 if size >= 4 else 2 * wide
-        absorbed = shape.width * (2 * size + copies) + 2 * shape.num_cross_heads * self._absorbed(num_tokens) * wide
+        absorbed = shape.width * (2 * size + 2 * self._copied) + 2 * shape.num_cross_heads * self._absorbed(num_tokens) * wide
         return num_tokens * max(plain, absorbed)
 
     def captions(self, num_tokens: int) -> int:

@@ -12,8 +12,8 @@ PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "RAY_USAGE_S
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for each other sleep. By themselves they spin, and two of them beside other work took 33 to 50 s for 1.4 s of work."""
 PAGED = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Torch asks for huge pages for tensors from 2 MB on, as NumPy does by itself. In pages of 4 kB the system's work on fresh memory was a
-sixth of a training step on a CPU."""
+"""Torch asks for huge pages for tensors from 2 MB on, as NumPy does by itself. In pages of 4 kB a training step on a CPU took a fifth
+longer."""
 REPEATED_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 """The outbox repeats what a server did not answer. A repetition below it would hide for minutes that the server is away, and could
 start a run twice."""
