@@ -75,9 +75,8 @@ def augment(image: Pixels, crop_px: int, config: AugmentationConfig, rng: np.ran
         image = np.pad(image, [*pad, (0, 0)], mode="symmetric")
         height, width = image.shape[:2]
     smallest = max(config.scales[0], crop_px / min(height, width))
-    size = crop_px
-    if smallest < config.scales[1]:
-        size = min(round(crop_px / exp(rng.uniform(log(smallest), log(config.scales[1])))), height, width)
+    scale = exp(rng.uniform(log(smallest), log(config.scales[1]))) if smallest < config.scales[1] else smallest
+    size = min(round(crop_px / scale), height, width)
     top, left = rng.integers(0, height - size, endpoint=True), rng.integers(0, width - size, endpoint=True)
     crop = image[top : top + size, left : left + size]
     if size != crop_px:

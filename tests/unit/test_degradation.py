@@ -49,6 +49,15 @@ def test_plain_augmentation_only_cuts() -> None:
     assert any(np.array_equal(crop, IMAGE[:, left : left + 96]) for left in range(45))
 
 
+@pytest.mark.parametrize(("scales", "used"), [((0.5, 0.5), 0.5), ((0.25, 0.3), 1 / 3), ((0.25, 0.5), None)])
+def test_a_picture_is_reduced_as_asked_or_as_far_as_its_size_allows(scales: tuple[float, float], used: float | None) -> None:
+    """Of a ramp 96 px high, so that 32 px are a third of it at least, and the crop says by its steepness how much it was reduced."""
+    ramp = np.repeat(np.arange(96, dtype=np.uint8)[:, None, None], 140, axis=1).repeat(3, axis=2)
+    crop = augment(ramp, 32, AugmentationConfig(flips=False, scales=scales, colour=False), np.random.default_rng(0)).astype(float)
+    found = 20 / (crop[26, 16, 0] - crop[6, 16, 0])
+    assert found == pytest.approx(used, rel=0.06) if used else 1 / 3 <= found <= 0.53
+
+
 def test_tags_become_ids_and_unknown_ones_are_left_out() -> None:
     config = TagsConfig(vocabulary=vocabulary_of([["Sky ", "cat"], ["cat", "blue  flower"]]), max_tags=3)
     assert config.vocabulary == ("blue flower", "cat", "sky")
