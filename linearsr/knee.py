@@ -150,7 +150,11 @@ class KneeDetector:
         return None if best is None else self._steps[best]
 
     def candidates(self, limit: int) -> list[int]:
-        """Return at most `limit` steps that a later confirmation may still choose, the likeliest first; the knee alone once it is known."""
+        """Return the steps that a later confirmation may still choose, the likeliest first; the knee alone once it is known.
+
+        They are three quarters of `limit` at most, of those whose weights there is room for. The rest is for others, thinned out: on a
+        long plateau the choice may fall on a step that was none of these before.
+        """
         best = self.best_step()
         if best is None or self._decision.final:
             return self._steps[-1:] if best is None else [best]
@@ -160,7 +164,7 @@ class KneeDetector:
         for cut in range(now, max(now - 2 * limit, 1), -1):
             index = earliest_best(values[:cut], SURE)
             chosen += [] if index is None else [self._steps[index]]
-        return list(dict.fromkeys([*chosen, *reversed(self._steps)]))[:limit]
+        return list(dict.fromkeys(chosen))[: limit * 3 // 4]
 
     def _decide(self) -> KneeDecision:
         """Decide after an evaluation."""
