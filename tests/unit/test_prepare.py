@@ -164,6 +164,17 @@ def test_shards_are_even_and_enough_for_every_worker(tmp_path: Path) -> None:
         run(config(tmp_path / "in"), tmp_path / "out", min_shards=8)
 
 
+def test_the_first_samples_of_a_shard_are_of_all_sources(tmp_path: Path) -> None:
+    for number in range(32):
+        source = tmp_path / ("early" if number < 16 else "late")
+        source.mkdir(exist_ok=True)
+        photo(number).save(source / f"{number:02}.png")
+    manifest = run(config(sources={name: {"url": str(tmp_path / name)} for name in ("early", "late")}), tmp_path / "out")
+    for split in ("train", "validation"):
+        first = list(images(manifest, tmp_path / "out", split))[:16]
+        assert 4 <= sum(key.startswith("early") for key in first) <= 12, first
+
+
 def test_remote_stores_work_like_folders(tmp_path: Path) -> None:
     store = f"memory://{uuid4().hex}"
     fill(tmp_path / "in", "a.png", "b.png", "sub/c.png")

@@ -17,6 +17,8 @@ VERSION = 1
 FILE = "manifest.json"
 VALIDATION = "validation"
 """The split whose pictures are restored during training, and that is never trained on."""
+HELD_OUT = "held-out"
+"""The split that a bundle is evaluated on, in the order of its photographs' names."""
 CHUNK_BYTES = 1 << 20
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from math import ceil
 from typing import Any
 
@@ -14,7 +15,7 @@ from linearsr_platform import storage
 from linearsr_platform.data.executor import Choose
 from linearsr_platform.data.extras import LatentMaker, TextCache
 from linearsr_platform.data.images import BadImageError, decode_image
-from linearsr_platform.data.manifest import ShardInfo, SplitInfo, prompt_suffix
+from linearsr_platform.data.manifest import HELD_OUT, ShardInfo, SplitInfo, prompt_suffix
 from linearsr_platform.data.plan import Cut, load_bytes, pixels_hash
 from linearsr_platform.data.records import folder_of, read_records, write_record
 from linearsr_platform.data.shards import Sample, write_shard
@@ -22,7 +23,7 @@ from linearsr_platform.errors import StageError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.identity import stable_hash
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of what a shard of given samples looks like; records of another one are not used."""
 WRITTEN = "written-"
 """What the names of records of shards begin with."""
@@ -77,8 +78,13 @@ class Plan:
 
 
 def plan_shards(split: str, cuts: Sequence[Cut], content: Content, min_shards: int) -> list[Plan]:
-    """Deal the samples of a split out evenly, so that every shard holds a mixture of sources."""
+    """Deal the samples of a split out evenly, in an order of chance: any part of a shard holds a mixture of sources.
+
+    In order of name, a batch or the first few that validation reads would be of one source. Held-out ones keep it, for reports.
+    """
     count = min(len(cuts), max(min_shards, ceil(len(cuts) / content.config.samples_per_shard)))
+    if split != HELD_OUT:
+        cuts = sorted(cuts, key=lambda cut: sha256(cut.key.encode()).digest())
     plans = []
     for number in range(count):
         dealt = tuple(cuts[number::count])
