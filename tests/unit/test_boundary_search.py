@@ -63,8 +63,9 @@ def test_the_proposals_come_first_in_order_on_the_grid_and_each_once():
     assert all(len(boundaries) == 3 for boundaries in found)
 
 
-def test_every_suggestion_is_valid_and_none_is_repeated():
-    found = drive(make(experts=(1, 2, 4)), names(60))
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_every_suggestion_is_valid_and_none_is_repeated(seed):
+    found = drive(make(experts=(1, 2, 4), seed=seed), names(60))
     assert {len(boundaries) + 1 for boundaries in found} <= {1, 2, 4}
     assert len(set(found)) == len(found)
     for boundaries in found:

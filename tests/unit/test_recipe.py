@@ -193,6 +193,8 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["validation.metrics=[psnr_y, ssim_y, gmsd, fid]", "validation.weights=w"], "validation.metrics[3]"),
         (["data.validation_px=64"], "data.validation_px"),
         (["sampler.history=keep"], "sampler.history"),
+        (["seed=-1"], "seed"),
+        (["evaluate.seed=9223372036854775808"], "evaluate.seed"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
         (["cluster.gpus_per_worker=0.5", "cluster.num_gpus=1", "pretrain.workers=2"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),

@@ -143,7 +143,8 @@ class OneBoundarySampler(BaseSampler):
         self._space, self._all_moving, self._far, self._best_first, self._draws = space, all_moving, far, best_first, draws
         self._window, self._reach, self._start_after = max(1, round(window / space.grid.step)), reach / space.grid.step, start_after
         self._rng = np.random.default_rng(seed)
-        self._tpe = TPESampler(seed=seed, n_startup_trials=start_after)
+        # Optuna takes 32 bits.
+        self._tpe = TPESampler(seed=seed % (1 << 32), n_startup_trials=start_after)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return all parameters: none is drawn without regard to the others."""

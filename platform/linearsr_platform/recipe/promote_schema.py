@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from linearsr_platform.recipe.section import NotNegative, Section
+from linearsr_platform.recipe.section import NotNegative, Section, Seed
 
 Artefact = Literal["seam", "colour_shift"]
 SEAMS_AND_COLOUR: tuple[Artefact, ...] = ("seam", "colour_shift")
@@ -89,7 +89,7 @@ class PromoteSection(Section):
         NotWorseRule(rule="not_worse", metrics=("psnr_y",)),
     )
     """All must hold. The first version has no champion to be compared with and passes every rule that compares."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
     resamples: Annotated[int, Field(ge=1000)] = 10000
     """Resamples of the bootstrap."""

@@ -24,7 +24,18 @@ from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.degradation_schema import DegradationSection
 from linearsr_platform.recipe.promote_schema import PromoteSection
 from linearsr_platform.recipe.search_schema import SearchSection
-from linearsr_platform.recipe.section import Count, CountOrZero, Fraction, Name, NotNegative, Positive, SecretName, SecretReference, Section
+from linearsr_platform.recipe.section import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Name,
+    NotNegative,
+    Positive,
+    SecretName,
+    SecretReference,
+    Section,
+    Seed,
+)
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
 
 STAGE_NAMES = ("prepare", "pretrain", "experts", "finetune", "assemble", "evaluate", "register", "promote")
@@ -109,7 +120,7 @@ class EvaluateSection(Section):
     """The perceptual metric this recipe claims to beat bicubic on, named beforehand."""
     step_sweep: tuple[Count, ...] = (1, 2, 4, 8)
     """Sampler steps plotted against perception and distortion."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of degradation and noise of the evaluation."""
 
     def measured(self, protocol: str) -> tuple[str, ...]:
@@ -172,7 +183,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Name
-    seed: int = 0
+    seed: Seed = 0
     storage: str = "runs"
     """Root of everything this run writes: folder or fsspec URL."""
     data: DataConfig

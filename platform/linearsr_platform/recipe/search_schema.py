@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from linearsr.experts import EFFECTIVE_LOG_SNR
-from linearsr_platform.recipe.section import Count, Experts, Name, Positive, Section
+from linearsr_platform.recipe.section import Count, Experts, Name, Positive, Section, Seed
 
 
 class ProfileSection(Section):
@@ -62,7 +62,7 @@ class SearchSection(Section):
     """Metric of the scores, one of `validation.metrics`."""
     max_concurrent: Count | None = None
     """Trials at once at most; unset takes as many as the cluster has room for."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the searcher and of the experts' training."""
     profile: ProfileSection = ProfileSection()
     score: ScoreSection = ScoreSection()
