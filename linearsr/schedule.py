@@ -6,10 +6,11 @@ Times u are unshifted, t are noise levels after the shift, which is what network
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isinf
 from typing import TYPE_CHECKING, TypeVar
 
 from linearsr.config import SamplerConfig
-from linearsr.experts import intervals, steps_per_expert
+from linearsr.experts import EFFECTIVE_LOG_SNR, intervals, log_snr, noise_level, steps_per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,17 @@ def sampling_times(config: SamplerConfig, shift: float) -> tuple[float, ...]:
     return tuple(shift_time(start * (1 - i / count), shift) for i in range(count))
 
 
+def times_for_all(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> tuple[float, ...]:
+    """Return `sampling_times`, and in every expert's interval without one a noise level more, in the middle of its log-SNR.
+
+    For comparing experts: those that never ran would not be measured.
+    """
+    times = sampling_times(config, shift)
+    counts = steps_per_expert(times, boundaries)
+    missed = [interval for interval, count in zip(intervals(boundaries), counts, strict=True) if count == 0]
+    return tuple(sorted((*times, *(_middle(*interval) for interval in missed)), reverse=True))
+
+
 def unvisited_experts(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> str | None:
     """Say which experts the sampler never calls and what would help; None if it calls all of them.
 
@@ -80,6 +92,16 @@ def warn_of_unvisited(config: SamplerConfig, shift: float, boundaries: Sequence[
     missed = unvisited_experts(config, shift, boundaries)
     if missed is not None:
         warnings.warn(missed, UnvisitedExpertWarning, stacklevel=3)
+
+
+def _middle(low: float, high: float) -> float:
+    """Return the noise level in the middle of an interval's log-SNR; an outer one has the end of `EFFECTIVE_LOG_SNR`."""
+    noisy, clean = log_snr(high), log_snr(low)
+    if isinf(noisy):
+        noisy = min(EFFECTIVE_LOG_SNR[0], clean - 1)
+    if isinf(clean):
+        clean = max(EFFECTIVE_LOG_SNR[1], noisy + 1)
+    return noise_level((noisy + clean) / 2)
 
 
 def _more_steps(config: SamplerConfig, shift: float, boundaries: Sequence[float]) -> str:

@@ -4,12 +4,14 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from linearsr.config import PAPER_BOUNDARIES, BackboneConfig, LatentStatistics, ModelConfig, SamplerConfig
 from linearsr.experts import steps_per_expert
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
-from linearsr.schedule import UnvisitedExpertWarning, sampling_times, unvisited_experts
+from linearsr.schedule import UnvisitedExpertWarning, sampling_times, times_for_all, unvisited_experts
 
 
 def evaluations(grid: str, count: int) -> tuple[int, ...]:
@@ -60,6 +62,16 @@ def test_an_expert_that_never_runs_is_named_with_what_would_help() -> None:
     listed = unvisited_experts(SamplerConfig(num_steps=2, times=(1.0, 0.1)), 3.0, (0.2, 0.9))
     assert listed is not None
     assert "times without a noise level for expert 2 of 3 (0.200 to 0.900)" in listed
+
+
+@given(st.sets(st.floats(0.001, 0.999), max_size=4), st.integers(1, 20))
+def test_every_expert_gets_a_step_where_experts_are_compared(boundaries: set[float], count: int) -> None:
+    sampler, ascending = SamplerConfig(num_steps=count), sorted(boundaries)
+    times = times_for_all(sampler, 3.0, ascending)
+    assert min(steps_per_expert(times, ascending)) >= 1
+    assert set(times) >= set(sampling_times(sampler, 3.0))
+    assert len(times) - count == steps_per_expert(sampling_times(sampler, 3.0), ascending).count(0)
+    SamplerConfig(num_steps=len(times), times=times)  # What a sampler accepts.
 
 
 def test_sampling_warns_and_says_nothing_when_all_experts_run() -> None:

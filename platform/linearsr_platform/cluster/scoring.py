@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 import torch
@@ -13,6 +13,7 @@ from linearsr.config import SamplerConfig
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
+from linearsr.schedule import times_for_all
 from linearsr.task import SuperResolutionTask, to_pixels
 from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
@@ -23,6 +24,8 @@ from linearsr_platform.recipe.train_schema import ValidationConfig
 
 PROTOCOL = "quickstart"
 """Metric protocol of scores, that of validation during training."""
+VERSION = 2
+"""Of how a score is made; trials with scores of another one are not continued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Scoring:
 
     task: TaskConfig
     sampler: SamplerConfig
-    """Its times and number of steps are those of `section`."""
+    """Of `section.steps` steps on its grid; where that leaves an expert out, it gets a step of its own."""
     section: ScoreSection
     shards: tuple[str, ...]
     """With the held-back crops."""
@@ -46,7 +49,9 @@ class Scoring:
         config = self.section
         crops = ValidationConfig(crops=config.crops, crop_px=config.crop_px, batch_size=config.batch_size)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, self.sampler)
+        times = times_for_all(self.sampler, self.task.model.flow.shift, boundaries)
+        sampler = replace(self.sampler, num_steps=len(times), times=times, grid="uniform")
+        routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, sampler)
         meter = Meter(self.task.metrics, PROTOCOL, self.task.metric_weights)
         values: dict[str, list[float]] = {name: [] for name in self.task.metrics}
         task = SuperResolutionTask(self.task)
@@ -59,7 +64,7 @@ class Scoring:
     @torch.inference_mode()
     def _restore(self, routed: RoutedSampler, task: SuperResolutionTask, batch: dict[str, Tensor]) -> Tensor:
         captions, null = task.captions.at_inference(batch), task.captions.null(len(batch["lr"]), batch["lr"].device)
-        clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), captions, self.section.steps, null=null)
+        clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), captions, null=null)
         return routed.experts[0].space.decode(clean) / 2 + 0.5
 
     def _expert(self, url: str, device: torch.device) -> SuperResolver:

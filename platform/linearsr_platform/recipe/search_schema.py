@@ -27,7 +27,7 @@ class ScoreSection(Section):
     crop_px: Count = 128
     batch_size: Count = 8
     steps: Count = 12
-    """Sampler steps on the shifted uniform grid; `sampler` gives the rest. Enough that every expert is asked."""
+    """Sampler steps on its grid; `sampler` gives the rest. An expert that they leave out gets one more, so that none goes unmeasured."""
 
 
 class FinalistsSection(Section):

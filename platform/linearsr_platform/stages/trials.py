@@ -12,7 +12,7 @@ from linearsr_platform.cluster.boundary_search import PastTrial, boundary_search
 from linearsr_platform.cluster.capacity import trials_at_once
 from linearsr_platform.cluster.experts import room_of
 from linearsr_platform.cluster.rungs import rung_scheduler
-from linearsr_platform.cluster.scoring import Candidate, Scoring, measure_all
+from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measure_all
 from linearsr_platform.cluster.sweep import run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
@@ -38,7 +38,8 @@ def settings(context: RunContext) -> object:
     dump = context.recipe.model_dump(mode="json")
     left_out = ("parent", "trials", "max_concurrent", "profile", "finalists")
     search = {name: value for name, value in dump["search"].items() if name not in left_out}
-    return {"search": search, "train": dump["experts"]["train"], "overlap": dump["experts"]["overlap_log_snr"], "sampler": dump["sampler"]}
+    training = {"train": dump["experts"]["train"], "overlap": dump["experts"]["overlap_log_snr"]}
+    return {"search": search, **training, "sampler": dump["sampler"], "scoring": VERSION}
 
 
 def suffices(context: RunContext, found: StageResult) -> bool:
