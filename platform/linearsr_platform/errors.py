@@ -6,14 +6,24 @@ Messages follow `where: got <value>; expected <rule>; fix: <flag or key>`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from linearsr_platform.remote import without_logins
 
-class UserError(Exception):
+
+class ToldError(Exception):
+    """An error whose message people read, on screens and in reports: passwords in its URLs are left out."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message."""
+        super().__init__(without_logins(message))
+
+
+class UserError(ToldError):
     """Something the user can fix: a setting, a path, a flag. The command exits with 2."""
 
     exit_code = 2
 
 
-class StageError(Exception):
+class StageError(ToldError):
     """Something that went wrong while running. The command exits with 1."""
 
     exit_code = 1

@@ -53,9 +53,14 @@ class CutOffError(ConnectionError):
     """A file came shorter than its store says it is."""
 
 
+def without_logins(text: str) -> str:
+    """Return a text with what stands before an `@` in its URLs left out."""
+    return USER.sub(r"\1***@", text)
+
+
 def shown(text: str) -> str:
     """Return a URL, or a text with URLs in it, without user names, passwords and keys: for messages and logs."""
-    return SECRET.sub(r"\1***", QUERY.sub(r"\1?***", USER.sub(r"\1***@", text)))
+    return SECRET.sub(r"\1***", QUERY.sub(r"\1?***", without_logins(text)))
 
 
 def passes(error: BaseException) -> bool:

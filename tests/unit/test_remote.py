@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from linearsr_platform import storage
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.remote import CutOffError, Patience, passes, shown, tried
 
 
@@ -127,6 +127,11 @@ def test_errors_of_storage_show_no_secrets(tmp_path) -> None:
 
     with pytest.raises(PermissionError, match=r"https://host/a\?\*\*\*"):
         tried("https://host/a?sig=hunter2", fail)
+
+
+def test_errors_that_people_read_show_no_logins() -> None:
+    for kind in (UserError, StageError):
+        assert str(kind("http://bob:hunter2@host/a: not there; max_tokens: got 3")) == "http://***@host/a: not there; max_tokens: got 3"
 
 
 def test_errors_of_a_stores_client_become_those_of_files() -> None:

@@ -29,6 +29,7 @@ def verify(
     url: Url, as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False, verbose: Verbose = False
 ) -> None:
     """Read all shards and check hashes, sizes, keys, tags, embeddings and latents; exit with 1 if anything is wrong."""
+    from linearsr_platform import storage
     from linearsr_platform.cli.progress import make_display
     from linearsr_platform.data.manifest import load_manifest
     from linearsr_platform.data.verify import verify_data_set
@@ -54,7 +55,7 @@ def verify(
     if result.problems:
         fix = "fix: prepare the data again (`linearsr run RECIPE --from prepare`)"
         raise StageError(f"{url}: got {len(result.problems)} problems in {counted}; expected none; {fix}")
-    typer.echo(f"{url}: {counted}, all as the manifest says (digest {manifest.digest[:12]})")
+    typer.echo(f"{storage.shown(url)}: {counted}, all as the manifest says (digest {manifest.digest[:12]})")
 
 
 def show(
