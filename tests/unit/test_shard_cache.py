@@ -1,9 +1,11 @@
 """The cache of remote shards: right content, within its bound, and nothing deleted that is in use."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -60,6 +62,27 @@ def test_the_ones_used_longest_ago_go_first_and_none_in_use(urls: list[str], cac
     second.close()
     assert content(one, urls[2]) == bytes([2]) * SIZE
     later.close()
+
+
+def test_a_disk_with_less_room_than_allowed_is_not_filled(
+    urls: list[str], cache: Callable[..., ShardCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cache(1000)
+    disk = SimpleNamespace(free=0)
+
+    def usage(folder: Path) -> SimpleNamespace:
+        disk.free = 3 * SIZE - sum(file.stat().st_size for file in folder.glob("*.tar"))
+        return disk
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for i in (0, 1, 2, 3, 4):
+        assert content(one, urls[i]) == bytes([i]) * SIZE
+    assert kept(tmp_path) == 3
+    held = [one.open(urls[i]) for i in (2, 3, 4)]
+    with pytest.raises(StageError, match=r"or its disk is full \(0 GB free\); fix: .*data\.cache_folder on a larger disk"):
+        one.open(urls[0])
+    for each in held:
+        each.close()
 
 
 def test_a_shard_with_another_hash_or_larger_than_all_is_refused(urls: list[str], cache: Callable[..., ShardCache], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -90,9 +91,10 @@ class ShardCache:
         """
         held = self._open(url, time.monotonic() + self._room_wait_s)
         if held is None:
-            bound = f"{self._max_bytes / 1e9:g} GB"
-            fix = "fix: a larger data.cache_gb; each reading process needs room for two shards"
-            raise StageError(f"shard cache {self._folder}: no room for {storage.shown(url)}: all of its {bound} is in use; {fix}")
+            bound, free = f"{self._max_bytes / 1e9:g} GB", shutil.disk_usage(self._folder).free / 1e9
+            fix = "fix: a larger data.cache_gb, or data.cache_folder on a larger disk; each reading process needs room for three shards"
+            got = f"all of its {bound} is in use, or its disk is full ({free:.3g} GB free)"
+            raise StageError(f"shard cache {self._folder}: no room for {storage.shown(url)}: {got}; {fix}")
         return held
 
     def prefetch(self, url: str) -> None:
@@ -199,15 +201,20 @@ class ShardCache:
         """Delete what a crash left, and then the files not used for longest, until `size` fits; what is in use stays."""
         own.unlink(missing_ok=True)
         files: list[tuple[float, int, Path]] = []
+        fetched = 0
         for path in self._folder.iterdir():
             if path.suffix in (FILE, PARTIAL, ROOM):
                 try:
                     found = path.stat()
                 except FileNotFoundError:  # fetched or given up meanwhile
                     continue
+                fetched += found.st_size if path.suffix == PARTIAL else 0
                 # What is being fetched grows, and begins anew when the connection breaks: the room kept for it counts instead.
                 files.append((found.st_mtime if path.suffix == FILE else 0.0, 0 if path.suffix == PARTIAL else found.st_size, path))
         room = self._max_bytes - sum(file_size for _, file_size, _ in files) - size
+        # What others have reserved and not written yet is free on the disk, and not for this one.
+        promised = sum(file_size for _, file_size, path in files if path.suffix == ROOM) - fetched
+        room = min(room, shutil.disk_usage(self._folder).free - promised - size)
         for _, file_size, path in sorted(files):
             # What is not whole, and nobody holds the lock of, is of a process that died.
             if (room < 0 or path.suffix != FILE) and self._delete(path):
