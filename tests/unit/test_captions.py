@@ -40,6 +40,7 @@ from linearsr.upscaler import Upscaler
 from linearsr_platform.cli.app import app
 from linearsr_platform.cluster.scoring import Scoring
 from linearsr_platform.cluster.worker import validation_batches
+from linearsr_platform.data import extras
 from linearsr_platform.data.extras import TextCache
 from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.prepare import prepare
@@ -103,6 +104,14 @@ def test_validation_reads_what_inference_knows() -> None:
     assert torch.equal(validated(both, 0.4), validated(["cup"], 0.0))
     assert torch.equal(validated(both, 0.0), validated(["cat", "sky"], 0.0))
     assert not torch.equal(validated(both, 0.4), validated(both, 0.0))
+
+
+def test_only_the_last_embeddings_are_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TextCache(encoder_config(folder), make_encoder(encoder_config(folder)), {})
+    monkeypatch.setattr(extras, "KEPT_PROMPTS", 2)
+    for tags in (["cat"], ["dog"], ["cat"], ["cup"]):
+        assert np.array_equal(cache.embed(tags), cache.embed(tags))
+    assert list(cache.known) == ["cat", "cup"]
 
 
 @pytest.mark.parametrize(("from_lr", "expected"), [(0.4, [3, 0]), (0.0, [1, 2])])

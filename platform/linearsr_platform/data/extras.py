@@ -18,6 +18,9 @@ from linearsr_platform.data.images import Pixels
 from linearsr_platform.data.manifest import LatentSource
 from linearsr_platform.errors import StageError, UserError
 
+KEPT_PROMPTS = 4096
+"""Embeddings that are remembered, the last ones used: some 115 kB each of 25 tokens of Gemma-2, and most photographs have their own."""
+
 
 @dataclass(frozen=True)
 class TextCache:
@@ -44,6 +47,10 @@ class TextCache:
                     f"model.text.folder: got an embedding of {prompt!r} beyond 65504; expected an encoder that float16 can hold"
                 )
             self.known[prompt] = values
+        else:
+            self.known[prompt] = self.known.pop(prompt)
+        while len(self.known) > KEPT_PROMPTS:
+            del self.known[next(iter(self.known))]
         return self.known[prompt]
 
     @property
