@@ -60,5 +60,6 @@ def test_broken_files_are_refused_by_both(photo: Image.Image) -> None:
 
 def test_harmless_flaws_are_not_held_against_a_file(photo: Image.Image) -> None:
     whole = encoded(photo.crop((0, 0, 64, 64)))
-    flawed = whole[:-2] + b"\0\0\0" + whole[-2:]
-    assert np.array_equal(JpegDecoder().decode(flawed), decode_image(flawed).pixels)
+    # Before its end, and between its first two segments.
+    for flawed in (whole[:-2] + b"\0\0\0" + whole[-2:], whole[:20] + b"\0\0" + whole[20:]):
+        assert np.array_equal(JpegDecoder().decode(flawed), decode_image(flawed).pixels)

@@ -83,7 +83,11 @@ class JpegDecoder:
         Raises:
             BadImageError: if the file is broken or cut off.
         """
-        header = header or jpeg_header(content)
+        try:
+            header = header or jpeg_header(content)
+        except BadImageError:
+            # Pillow steps over stray bytes between the markers, as cameras leave some; what it takes, `prepare` has stored.
+            return decode_image(content).pixels
         # Pillow knows what a rotation is, and what to do with CMYK.
         if self._simple is None or header.exif or header.components not in (1, 3) or header.bits != 8:
             return decode_image(content).pixels
