@@ -115,6 +115,7 @@ def test_a_set_without_originals_has_none(tmp_path: Path, here: Path) -> None:
     folder.mkdir()
     for number in range(200):
         Image.new("RGB", (20, 30), (number, 0, 0)).save(folder / f"photo{number:03}_x2.png")
+    (folder / "._photo000_x2.png").write_bytes(b"what macOS leaves beside it")
     found = sets.add_test_set("RealLR200", folder, here, TODAY)
     assert (found.hr, len(found.pairs), {pair.hr for pair in found.pairs}) == (None, 200, {None})
     assert found.pairs[0].name == "photo000_x2"

@@ -306,7 +306,9 @@ def _part(known: KnownTestSet, folder: Path, names: tuple[str, ...]) -> Path:
 
 def _images(known: KnownTestSet, folder: Path) -> dict[str, Path]:
     """Return images directly inside a folder by what names a pair: without suffix and endings such as `_LR4`."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
     marked = {MARKS.sub("", path.stem): path for path in files} if known.hr else {}
     # Where endings alone tell two images apart, they are part of the name.
     found = marked if len(marked) == len(files) else {path.stem: path for path in files}
