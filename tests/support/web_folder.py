@@ -21,6 +21,10 @@ class WebFolder(ThreadingHTTPServer):
         self.cut_at: int | None = None
         self.asked: list[tuple[str, str]] = []
         """Path and range of every GET."""
+        self.logins: list[str] = []
+        """What those with a login said of it."""
+        self.gone: set[str] = set()
+        """Paths of files that it lists and does not have."""
         self.fixed: dict[str, bytes] = {}
         """Answers that are no files, by path."""
         self.headers: dict[str, str] = {}
@@ -42,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Range", "")))
+        if "Authorization" in self.headers:
+            self.server.logins.append(self.headers["Authorization"])
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
@@ -55,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
             self._send(200, content, {"Content-Type": "text/html"}, body=body)
             return
-        if not file.is_file():
+        if not file.is_file() or path in self.server.gone:
             self._send(404, b"", {}, body=body)
             return
         content = file.read_bytes()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from base64 import b64encode
 from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -193,6 +194,30 @@ def test_a_file_that_is_gone_from_a_folder_is_brought_again(root: Path, tmp_path
     (tmp_path / "mirror/encoder/tokenizer.json").unlink()
     code, output = run(*words[:-1], tmp_path / "other")
     assert (code, "no tokenizer" in output) == (1, True)
+
+
+def test_a_folder_whose_files_came_only_in_part_is_not_present(root: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "mirror/encoder"
+    encoder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (encoder / name).write_text("{}")
+    words = ["prefetch", root / "pipelines/smoke.yaml", "--set", "model.text={folder: encoder}", "--into", tmp_path / "weights"]
+    with web_folder(tmp_path / "mirror") as server:
+        server.gone.add("/encoder/tokenizer_config.json")  # Still in the listing.
+        assert run(*words, "--from", server.url)[0] == 1
+        server.gone.clear()
+        code, output = run(*words, "--from", server.url)
+    assert (code, "brought" in output) == (0, True)
+    assert (tmp_path / "weights/encoder/tokenizer_config.json").read_text() == "{}"
+
+
+def test_a_login_in_an_address_is_used_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/a.pth").write_bytes(CONTENT)
+    with web_folder(tmp_path / "served") as server:
+        fetch(f"{server.url.replace('//', '//bob:s%40cret@')}/a.pth", tmp_path / "a.pth")
+        assert server.logins == ["Basic " + b64encode(b"bob:s@cret").decode()]
+    assert (tmp_path / "a.pth").read_bytes() == CONTENT
 
 
 def test_a_folder_that_was_filled_is_a_mirror_whose_hashes_count(mirror: Path, arguments: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
@@ -12,6 +13,7 @@ from pathlib import Path
 from socket import gaierror
 from typing import IO
 from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from linearsr_platform import storage
@@ -123,7 +125,8 @@ def _go_on(url: str, part: Path, on_bytes: OnBytes) -> None:
 @contextmanager
 def _opened(url: str, headers: dict[str, str]) -> Iterator[tuple[IO[bytes], int, Message]]:
     """Ask for a URL; errors become those that `remote.tried` understands."""
-    request = Request(url, headers={"User-Agent": "linearsr", **headers})  # noqa: S310 (the scheme is one of WEB)
+    plain, login = _without_login(url)
+    request = Request(plain, headers={"User-Agent": "linearsr", **login, **headers})  # noqa: S310 (the scheme is one of WEB)
     try:
         with urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310 (the same)
             yield response, response.status, response.headers
@@ -135,6 +138,16 @@ def _opened(url: str, headers: dict[str, str]) -> Iterator[tuple[IO[bytes], int,
         raise kind(f"{storage.shown(url)}: {error.reason}") from error
     except HTTPException as error:
         raise CutOffError(f"{storage.shown(url)}: {type(error).__name__}") from error
+
+
+def _without_login(url: str) -> tuple[str, dict[str, str]]:
+    """Return a URL without the name and password in it, which `urlopen` takes for a part of the host, and the header that says them."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, {}
+    coded = b64encode(unquote(login).encode()).decode()
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {coded}"}
 
 
 def _meant(error: HTTPError) -> type[OSError]:

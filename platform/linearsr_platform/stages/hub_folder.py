@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.stages.weights_folder import unfinished
 
 
 def bring_from_hub(repository: str, target: Path, patterns: Sequence[str], *, endpoint: str | None = None) -> str:
@@ -32,7 +33,8 @@ def bring_from_hub(repository: str, target: Path, patterns: Sequence[str], *, en
     try:
         info = hub.HfApi(endpoint=endpoint).model_info(repository)
         options = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"], "endpoint": endpoint}
-        hub.snapshot_download(repository, revision=info.sha, local_dir=str(target), **options)
+        with unfinished(target):
+            hub.snapshot_download(repository, revision=info.sha, local_dir=str(target), **options)
     except (OSError, ValueError, errors.HTTPError) as error:
         reason = " ".join(str(error).split())[:300]
         raise StageError(f"hub {repository}: {type(error).__name__}: {reason}") from error

@@ -12,7 +12,7 @@ from linearsr_platform.recipe.needs import Need
 from linearsr_platform.recipe.weight_sources import FileSource, HubSource, hash_beginning
 from linearsr_platform.stages.download import OnBytes, WrongHashError, fetch, only_one
 from linearsr_platform.stages.hub_folder import bring_from_hub
-from linearsr_platform.stages.weights_folder import folder_problem, is_part
+from linearsr_platform.stages.weights_folder import folder_problem, is_part, unfinished
 from linearsr_platform.stages.weights_manifest import FILE, WeightsRecord, read_manifest, sha256_of, write_manifest
 
 State = Literal["present", "absent", "wrong"]
@@ -181,8 +181,9 @@ def _copy_folder(place: str, need: Need, target: Path, known: dict[str, str], on
     parts = [name for name in names if is_part(name, need.parts)]
     if "config.json" not in parts or not any(name.endswith(".safetensors") for name in parts):
         raise FileNotFoundError(f"{place}: no folder with config.json and *.safetensors")
-    for name in parts:
-        fetch(storage.join(place, name), target / name, sha256=known.get(f"{need.target}/{name}", ""), on_bytes=on_bytes)
+    with unfinished(target):
+        for name in parts:
+            fetch(storage.join(place, name), target / name, sha256=known.get(f"{need.target}/{name}", ""), on_bytes=on_bytes)
 
 
 def _mirror_hashes(mirror: str | None) -> dict[str, str]:

@@ -1,14 +1,27 @@
 """Whether a folder, as diffusers or transformers saves one, is complete; nothing of it is loaded."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+UNFINISHED = ".prefetch-unfinished"
+"""Name of the file that marks a folder while its files come."""
 INDEX = "*.safetensors.index.json"
 PIECE = "*-of-*.safetensors"
 """Name of a file of weights that are in several, which an index lists."""
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """Mark a folder, made if need be, until the block ends well: what looks whole may lack a file that its source alone knows of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / UNFINISHED
+    mark.touch()
+    yield
+    mark.unlink()
 
 
 def is_part(name: str, patterns: Sequence[str]) -> bool:
@@ -25,6 +38,8 @@ def folder_problem(folder: Path, kind: str) -> str:
     """
     if not folder.is_dir():
         return "no such folder"
+    if (folder / UNFINISHED).exists():
+        return "a part of its files: `linearsr prefetch` was cut off"
     if not (folder / "config.json").is_file():
         return "no config.json"
     weights = {file.name for file in folder.glob("*.safetensors")}
