@@ -1,22 +1,33 @@
 """How a run goes through its stages: what is done is skipped, what changed is done again, a failure is told and resumed."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from prepared_photos import fill
+
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.report.model import StageRecord
-from linearsr_platform.stages import pipeline
-from linearsr_platform.stages.context import RunContext, Stage, StageOutput
+from linearsr_platform.stages import pipeline, prepare
+from linearsr_platform.stages.context import RecipeContext, RunContext, Stage, StageOutput, StageResult
 from linearsr_platform.tracking.runs import Tracker
 
 SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
 
 
 class Silent:
-    """A display that shows nothing."""
+    """A display that shows nothing, and keeps what it was to say."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -31,6 +42,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
 def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Three stages in a row, each adding one to what it needs; `settings` and `broken` can be changed between runs."""
     world: dict[str, Any] = {"settings": {"a": 1, "b": 10, "c": 100}, "broken": None, "folder": tmp_path, "tracker": tracker}
+    world |= {"display": Silent(), "remarks": {}}
 
     def stage(name: str, needs: tuple[str, ...]) -> Stage:
         def run(context: RunContext, url: str, tracked: object) -> StageOutput:
@@ -39,7 +51,7 @@ def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
             before = sum(context.results[need].data["value"] for need in needs)
             return StageOutput(name, {"value": before + world["settings"][name]})
 
-        return Stage(needs, lambda context: world["settings"][name], run)
+        return Stage(needs, lambda context: world["settings"][name], run, remark=lambda context, found: world["remarks"].get(name, ""))
 
     monkeypatch.setattr(pipeline, "STAGES", {"a": stage("a", ()), "b": stage("b", ("a",)), "c": stage("c", ("a", "b"))})
     return world
@@ -53,7 +65,7 @@ def go(world: dict[str, Any], redo_from: str | None = None) -> tuple[dict[str, s
         storage_url=str(world["folder"]),
         tracker=world["tracker"],
         pipeline_run=world["tracker"].start_pipeline("smoke"),
-        display=Silent(),
+        display=world["display"],
         user="tester",
         open_cluster=lambda: None,
     )
@@ -70,6 +82,26 @@ def test_a_second_run_skips_everything_and_has_the_same_results(world: dict[str,
     first, second = go(world), go(world)
     assert first == (dict.fromkeys("abc", "done"), {"a": 1, "b": 11, "c": 112})
     assert second == (dict.fromkeys("abc", "skipped"), first[1])
+
+
+def test_what_is_to_be_known_of_a_skipped_stage_is_told(world: dict[str, Any]) -> None:
+    world["remarks"] = {"b": "look"}
+    go(world)
+    assert world["display"].messages == []
+    go(world)
+    assert world["display"].messages == ["b: look"]
+
+
+def test_photographs_that_changed_under_their_names_are_remarked(tmp_path: Path) -> None:
+    fill(tmp_path, "0.png", "1.png")
+    loaded = load_recipe(str(SMOKE), None, [f"data.sources={{mine: {{url: {tmp_path}}}}}", "data.held_out=[]"])
+    context = RecipeContext(loaded=loaded, storage_url=str(tmp_path), display=Silent(), open_cluster=lambda: None)
+    common: dict[str, Any] = {"stage": "prepare", "key": "", "url": "", "summary": "", "seconds": 0.0, "run_id": ""}
+    found = StageResult(**common, data={prepare.SIZES: prepare._sizes(context)})
+    assert prepare.remark(context, found) == ""
+    (tmp_path / "0.txt").write_text("tabby")
+    assert "`--from prepare` takes them anew" in prepare.remark(context, found)
+    assert prepare.remark(context, StageResult(**common, data={"digest": "of an earlier version"})) == ""
 
 
 def test_a_changed_setting_redoes_its_stage_and_what_needs_it_and_changing_back_finds_the_old_result(world: dict[str, Any]) -> None:

@@ -154,3 +154,5 @@ class Stage:
     """Does the work: context, folder of the stage, its MLflow run."""
     suffices: Callable[[RunContext, StageResult], bool] = lambda context, found: True
     """Tells whether a result that is there is enough; where it is not, `run` goes on in the same folder."""
+    remark: Callable[[RunContext, StageResult], str] = lambda context, found: ""
+    """What people should know of a result that is taken as it is; empty for nothing."""

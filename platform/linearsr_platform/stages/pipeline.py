@@ -30,7 +30,7 @@ def _prepare(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage((), prepare.settings, _prepare),
+    "prepare": Stage((), prepare.settings, _prepare, remark=prepare.remark),
     "pretrain": Stage(("prepare",), pretrain.settings, pretrain.run),
     "experts": Stage(("prepare", "pretrain"), experts.settings, experts.run),
     "finetune": Stage(("prepare", "pretrain", "experts"), finetune.settings, finetune.run),
@@ -77,6 +77,8 @@ def run_stages(
             records.append(StageRecord(name=name, status="skipped", seconds=0.0, summary=found.summary))
             context.pipeline_run.mark_skipped(name, f"done in run {found.run_id}")
             context.display.stage_skipped(name, found.summary)
+            if remark := stage.remark(context, found):
+                context.display.message(f"{name}: {remark}")
             continue
         if not working:
             before_work()

@@ -13,10 +13,12 @@ from linearsr_platform.data.prepare import prepare
 from linearsr_platform.data.sources import list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
-from linearsr_platform.stages.context import RecipeContext, StageOutput
+from linearsr_platform.stages.context import RecipeContext, StageOutput, StageResult
 from linearsr_platform.tracking.runs import TrackedRun
 
 NAME = "prepare"
+SIZES = "file_sizes"
+"""Key of the result's data: `_sizes` before the files were read."""
 MESSAGES = 20
 """Quarantined files that get a line of their own."""
 
@@ -43,6 +45,7 @@ def settings(context: RecipeContext) -> object:
 
 def run(context: RecipeContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Write shards and manifest below `url`."""
+    sizes = _sizes(context)
     manifest = write_data(context, url)
     counts = {split: info.samples for split, info in manifest.splits.items()}
     duplicates = manifest.counts["duplicates"]
@@ -51,7 +54,20 @@ def run(context: RecipeContext, url: str, tracked: TrackedRun) -> StageOutput:
         context.display.message(f"quarantined {refused.file}: {refused.reason}")
     if len(manifest.quarantined) > MESSAGES:
         context.display.message(f"... and {len(manifest.quarantined) - MESSAGES} more, all in {storage.join(url, MANIFEST)}")
-    return StageOutput(_summary(manifest), {"digest": manifest.digest})
+    return StageOutput(_summary(manifest), {"digest": manifest.digest, SIZES: sizes})
+
+
+def remark(context: RecipeContext, found: StageResult) -> str:
+    """Say if files have another size than when they were prepared: names alone decide whether that is done again."""
+    if found.data.get(SIZES) in (None, _sizes(context)):
+        return ""
+    return "photographs or side files have changed since, and what they were then is used; fix: `--from prepare` takes them anew"
+
+
+def _sizes(context: RecipeContext) -> str:
+    """Return a hash of the sizes of all files of the sources."""
+    sources = sorted(context.recipe.data.sources.items())
+    return stable_hash({name: {file: found.bytes for file, found in sorted(list_source(name, source).items())} for name, source in sources})
 
 
 def write_data(context: RecipeContext, url: str) -> Manifest:

@@ -22,7 +22,7 @@ from linearsr_platform.stages.profile import profile_of, section_of, trial_share
 from linearsr_platform.stages.trials import best_of, ledger_of, proposals_of, start_of
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage((), prepare.settings, prepare.run),
+    "prepare": Stage((), prepare.settings, prepare.run, remark=prepare.remark),
     "pretrain": Stage(("prepare",), pretrain.settings, pretrain.run),
     "profile": Stage(("prepare", "pretrain"), profile.settings, profile.run),
     "trials": Stage(("prepare", "pretrain"), trials.settings, trials.run, trials.suffices),
