@@ -1,5 +1,6 @@
 """Preparing at scale: in pieces that survive a crash, from tars, with JPEGs as they came and with latents."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -219,6 +220,58 @@ def test_reading_a_member_of_a_remote_tar_reads_nothing_else(tmp_path: Path, mon
     monkeypatch.setattr(type(fs), "cat_file", counted)
     run(config(store, validation_px=0), tmp_path / "out")
     assert sorted(set(read)) == sorted({len(content) for content in pictures.values()})
+
+
+def test_a_server_that_sends_no_parts_is_told_and_no_picture_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = f"memory://{uuid4().hex}"
+    pack(f"{store}/a.tar", {"0.png": file_of(photo(0))})
+    fs, _ = storage.filesystem(store)
+    whole = type(fs).cat_file
+    monkeypatch.setattr(type(fs), "cat_file", lambda self, path, start=None, end=None, **options: whole(self, path, **options))
+    with pytest.raises(StageError, match="this server sends no parts of files; fix: copy the tars"):
+        run(config(store), tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBUSY, "Please slow down."), PermissionError("The provided token has expired.")])
+@pytest.mark.parametrize("reads", [1, 4])
+def test_a_store_that_refuses_for_now_costs_no_photograph_and_no_finished_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, reads: int
+) -> None:
+    """Three photographs are read to inspect them, and again to write them."""
+    store, left = f"memory://{uuid4().hex}", [reads]
+    for number in range(3):
+        storage.write_bytes(f"{store}/{number}.png", file_of(photo(number)))
+    usual = storage.read_bytes
+
+    def failing(url: str) -> bytes:
+        left[0] -= url.endswith(".png")
+        if left[0] < 0:
+            raise error
+        return usual(url)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    with pytest.raises(StageError, match=r"cannot be fetched: .*; fix: the store or the credentials, and run the stage again"):
+        run(config(store, samples_per_shard=1), tmp_path / "out")
+    records = len(list((tmp_path / "out").rglob("*written-*")))
+    monkeypatch.setattr(storage, "read_bytes", usual)
+    assert records == max(0, reads - 3)
+    assert run(config(store, samples_per_shard=1), tmp_path / "out").quarantined == ()
+
+
+def test_names_that_are_no_text_and_folders_that_are_links(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "in", "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    for place, number in ((os.fsencode(folder) + b"/caf\xe9.png", 1), (os.fsencode(tmp_path) + b"/elsewhere/b.png", 2)):
+        with open(place, "wb") as file:
+            file.write(file_of(photo(number)))
+    with open(os.fsencode(folder) + b"/junk\xff.png", "wb") as file:
+        file.write(b"no picture")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "in")
+    manifest = run(config(folder), tmp_path / "out")
+    files = {meta["file"] for _, meta in images(manifest, tmp_path / "out", "train").values()}
+    assert files == {"mine/a.png", "mine/caf\\xe9.png", "mine/linked/b.png"}
+    assert [refused.file for refused in manifest.quarantined] == ["mine/junk\\xff.png"]
 
 
 def test_a_jpeg_is_kept_where_its_pixels_are_its_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from linearsr_platform.data.sources import Candidate
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.identity import stable_hash
+from linearsr_platform.remote import passes
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
@@ -104,9 +105,11 @@ def load_bytes(candidate: Candidate) -> bytes:
     """Read one candidate; raises as `load_photo` does."""
     try:
         return candidate.read()
-    except (ConnectionError, TimeoutError) as error:
-        raise StageError(f"{candidate.url}: the connection failed: {error}; fix: run the stage again") from error
     except OSError as error:
+        # A store that throttles, or whose credentials ran out, says nothing about the photograph.
+        if passes(error) or (isinstance(error, PermissionError) and not storage.is_local(candidate.url)):
+            told = f"{storage.shown(candidate.url)}: cannot be fetched: {storage.shown(str(error))}"
+            raise StageError(f"{told}; fix: the store or the credentials, and run the stage again") from error
         raise BadImageError(f"{UNREADABLE}{error.strerror or error}") from error
 
 

@@ -1,6 +1,7 @@
 """Find photographs and their labels: in folders, globs, remote stores, installed packages and WebDataset tars."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform import storage
 from linearsr_platform.data.executor import Choose, OnProgress, alone
@@ -155,7 +157,7 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
     """List the files of a folder, one file, or those of a glob with the side files beside them."""
     there = storage.look(fs, path)
     if there is not None and there["type"] == "directory":
-        root, infos = path.rstrip("/"), fs.find(path, detail=True)
+        root, infos = path.rstrip("/"), _below(fs, path, set())
     elif there is not None:
         root, infos = path.rpartition("/")[0], {path: there}
     else:
@@ -165,7 +167,25 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
         below = fs.find(root, detail=True) if images else {}
         chosen = {*images, *(side for side in below if side.endswith(MEMBER_LABELS[:2]) and side.rpartition(".")[0] in stems)}
         infos = {file: info for file, info in below.items() if file in chosen}
-    return {file[len(root) :].lstrip("/"): _found(str(fs.unstrip_protocol(file)), info) for file, info in infos.items()}
+    return {_readable(file[len(root) :].lstrip("/")): _found(str(fs.unstrip_protocol(file)), info) for file, info in infos.items()}
+
+
+def _below(fs: AbstractFileSystem, path: str, seen: set[str]) -> dict[str, Any]:
+    """Return what is known of every file below a folder; below a local one also in folders that are links, which `find` leaves out."""
+    infos = dict(fs.find(path, detail=True))
+    if isinstance(fs, LocalFileSystem):
+        seen.add(os.path.realpath(path))
+        for folder, names, _ in os.walk(path):
+            for link in (os.path.join(folder, name) for name in sorted(names)):
+                # A link to a folder above itself has no end.
+                if os.path.islink(link) and os.path.realpath(link) not in seen:
+                    infos |= _below(fs, link, seen)
+    return infos
+
+
+def _readable(name: str) -> str:
+    r"""Return a name that can be written down: bytes of it that are no UTF-8 become `\xff`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _found(url: str, info: Mapping[str, Any]) -> Found:
@@ -262,7 +282,7 @@ def _in_tar(tar: _Tar) -> list[Candidate]:
             except ValueError as error:
                 problem = _unreadable(side.name, error)
         again = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-        file, span = f"{tar.file}/{member.name.removeprefix('./')}{again}", (member.offset, member.size)
+        file, span = f"{tar.file}/{_readable(member.name.removeprefix('./'))}{again}", (member.offset, member.size)
         candidates.append(Candidate(tar.name, file, tar.found.url, label, problem, span, tar.found.stamp))
     return candidates
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from linearsr_platform import storage
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 
 BLOCK_BYTES = 1 << 20
 """What is read ahead from a remote tar: many small members come with one request, and large ones are jumped over."""
@@ -48,8 +48,15 @@ def read_part(url: str, offset: int, size: int) -> bytes:
 
     Raises:
         FileNotFoundError: if it is not there.
+        StageError: if its server sends whole files only.
     """
-    return storage.call(url, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
+    part = storage.call(url, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
+    if len(part) > size:
+        raise StageError(
+            f"{storage.shown(url)}: got {len(part)} bytes; expected {size} from {offset} on: this server sends no parts of files; "
+            "fix: copy the tars to a folder, or to a store that does"
+        )
+    return part
 
 
 def _members(fs: AbstractFileSystem, path: str, wanted: Callable[[str], bool]) -> list[Member]:
