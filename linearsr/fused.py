@@ -57,7 +57,8 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor, eps: float) -> Tensor:
         if _one_by_one(x_BNC):
-            samples = _samples(x_BNC, shift_B1C, 1 + scale_B1C)
+            wide = _sum_dtype(x_BNC)
+            samples = _samples(x_BNC, shift_B1C.to(wide), 1 + scale_B1C.to(wide))
             of_samples = [aten.native_layer_norm(x, x.shape[-1:], scale.view(-1), shift.view(-1), eps) for x, shift, scale in samples]
             out_BNC, mean, inverse_std = _joined_samples(of_samples)
         else:
@@ -71,9 +72,10 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor | None, ...]:
         x_BNC, scale_B1C, mean, inverse_std = ctx.saved_tensors
         if _one_by_one(x_BNC):
-            samples = _samples(grad_BNC, x_BNC, 1 + scale_B1C, mean, inverse_std)
-            grad_x, grad_scale, grad_shift = _joined_samples([_affine_norm_gradients(*sample) for sample in samples])
-            return grad_x, grad_shift.view_as(scale_B1C), grad_scale.view_as(scale_B1C), None
+            samples = _samples(grad_BNC, x_BNC, 1 + scale_B1C.to(_sum_dtype(x_BNC)), mean, inverse_std)
+            grad_x, *grads = _joined_samples([_affine_norm_gradients(*sample) for sample in samples])
+            grad_scale, grad_shift = (grad.view_as(scale_B1C).to(scale_B1C.dtype) for grad in grads)
+            return grad_x, grad_shift, grad_scale, None
         normed_BNC = ((x_BNC - mean) * inverse_std).to(grad_BNC.dtype)
         grad_scale = (grad_BNC * normed_BNC).sum(dim=1, keepdim=True)
         grad_normed = grad_BNC * (1 + scale_B1C)
@@ -141,8 +143,14 @@ def _one_by_one(x_BNC: Tensor) -> bool:
 def _affine_norm_gradients(grad_1NC: Tensor, x_1NC: Tensor, weight_11C: Tensor, mean: Tensor, inverse_std: Tensor) -> list[Tensor]:
     """Return the gradients of the input (1, N, C), the weight (1, C) and the bias (1, C)."""
     weight = weight_11C.flatten()
-    grads = aten.native_layer_norm_backward(grad_1NC, x_1NC, weight.shape, mean, inverse_std, weight, weight, [True, True, True])
-    return [grads[0], grads[1][None], grads[2][None]]
+    grad, x = (part.to(weight.dtype) for part in (grad_1NC, x_1NC))
+    grads = aten.native_layer_norm_backward(grad, x, weight.shape, mean, inverse_std, weight, weight, [True, True, True])
+    return [grads[0].to(x_1NC.dtype), grads[1][None], grads[2][None]]
+
+
+def _sum_dtype(x_BNC: Tensor) -> torch.dtype:
+    """Return what statistics and sums over tokens are kept in: a CPU keeps halves as halves, whose sums stop at 256 times their terms."""
+    return torch.promote_types(x_BNC.dtype, torch.float32) if x_BNC.device.type == "cpu" else x_BNC.dtype
 
 
 def _samples(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:

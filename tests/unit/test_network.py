@@ -159,6 +159,29 @@ def test_modulated_norm_has_the_gradients_of_its_definition() -> None:
         assert torch.autograd.gradcheck(modulated_norm, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_over_many_tokens_do_not_stop_short_in_halves(dtype: torch.dtype) -> None:
+    """Of a sum over results every shift has the gradient N, and with features that are +1 or -1 a scale has that times the feature."""
+    x = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0).expand(1, 4096, 16).to(dtype)
+    shift, scale = (torch.zeros(1, 1, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+    modulated_norm(x, shift, scale).sum().backward()
+    assert torch.equal(shift.grad, torch.full_like(shift, 4096))
+    torch.testing.assert_close(scale.grad, 4096 * x[:, :1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_is_welcome_on_a_cpu(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearsr.linear.MIN_PRODUCTS", 0)
+    block = Backbone(BackboneConfig(width=32, num_blocks=1, caption_width=8), latent_channels=4, lr_pixels_per_token=1).blocks[0]
+    x, tokens, modulation = torch.randn(1, 64, 32), torch.randn(1, 3, 32), torch.randn(1, 6, 32)
+    with torch.set_grad_enabled(grad):
+        caption = block.cross.project(tokens, None)
+        exact = block(x, caption, modulation, (8, 8))
+        with torch.autocast("cpu"):
+            rounded = block(x, block.cross.project(tokens, None), modulation, (8, 8))
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+
+
 def test_gated_depthwise_has_the_gradients_of_its_definition_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("linearsr.bands.CACHED_VALUES", 1)
