@@ -21,8 +21,13 @@ aten = torch.ops.aten
 
 
 def works_forward_only(x: Tensor) -> bool:
-    """Say whether these functions may take the place of modules that are called with `x`."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Say whether these functions may take the place of modules that are called with `x`.
+
+    Not under autocast, which changes the dtype of some products and leaves that of those with an `out`.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def folding_pays(x_BNC: Tensor) -> bool:

@@ -92,7 +92,7 @@ def _has_instructions(half: torch.dtype) -> bool:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Say whether these are multiplied here: where torch would take a slower library."""
-    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype):
+    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype) or torch.is_autocast_enabled("cpu"):
         return False
     return _for_onednn(x.numel() // weight.shape[1], weight) if x.dtype == torch.float32 else product_dtype(x) != x.dtype
 
