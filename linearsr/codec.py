@@ -48,10 +48,12 @@ def opponent_colours() -> Tensor:
 @cache
 def _block_transform(kind: str, factor: int) -> Tensor:
     """Return the orthonormal matrix (3 f^2, 3 f^2) that acts on pixel-unshuffled channels (colour, row, column)."""
-    if kind == "space_to_depth":
-        return torch.eye(3 * factor**2)
-    basis = haar_matrix(factor)
-    return torch.kron(opponent_colours(), torch.kron(basis, basis)).float()
+    # It is made once: in inference mode it would be of no use to whoever wants a gradient later.
+    with torch.inference_mode(mode=False):
+        if kind == "space_to_depth":
+            return torch.eye(3 * factor**2)
+        basis = haar_matrix(factor)
+        return torch.kron(opponent_colours(), torch.kron(basis, basis)).float()
 
 
 class BlockTransformCodec:
