@@ -13,10 +13,12 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
-from linearsr_platform.errors import StageError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.tracking.journal import Journal, outbox_folder, outbox_folders
 from linearsr_platform.tracking.operations import Operation
 from linearsr_platform.tracking.outbox import Outbox, Patience
+from linearsr_platform.tracking.replay import replay
+from linearsr_platform.tracking.runs import Tracker
 
 SOON = Patience(notice_s=0.1, retry_s=0.01, longest_retry_s=0.05, answer_s=0.5, tries=5)
 URI = "http://store"
@@ -237,3 +239,27 @@ def test_journals_of_remote_storage_are_on_this_machine(tmp_path: Path, monkeypa
     Journal.create(folder, URI).release()
     assert outbox_folders("s3://bucket/runs") == [folder]
     assert outbox_folders(str(tmp_path / "local")) == []
+
+
+def test_a_flush_sends_to_every_store_that_answers_and_tells_what_was_refused(tmp_path: Path) -> None:
+    here, away = f"sqlite:///{tmp_path}/mlflow.db", "http://127.0.0.1:9"
+    run = Tracker(here, "flushed").start_pipeline("run")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder, uri, ids in zip(folders, (away, here), ([run.run_id], ["0" * 32, run.run_id]), strict=True):
+        journal = Journal.create(folder, uri)
+        for one in ids:
+            journal.append(Operation(run_id=one, doing="setting tags", tags=(("late", "yes"),)), None, durable=True)
+        journal.release()
+    said: list[str] = []
+    with pytest.raises(
+        UserError, match=r"--tracking-uri: got 'http://other'; expected one that writes wait for: http://127.0.0.1:9, sqlite"
+    ):
+        replay(folders, uri="http://other", tell=said.append, patience=SOON)
+    (first,) = replay(folders, uri=away, tell=said.append, patience=SOON)
+    assert (first.sent, first.left) == (0, 1)
+    first, second = replay(folders, uri=None, tell=said.append, patience=SOON)
+    assert (first.uri, first.sent, first.left) == (away, 0, 1)
+    assert "expected an MLflow that answers" in first.away
+    assert (second.uri, second.sent, second.refused, second.left, second.away) == (here, 1, 1, 0, "")
+    assert Tracker(here, "flushed").client.get_run(run.run_id).data.tags["late"] == "yes"
+    assert [uri for folder in folders for uri in (journal.uri for journal, _ in Journal.orphans(folder))] == [away]

@@ -11,7 +11,8 @@ from linearsr_platform.errors import StageError
 def flush(
     storage: Annotated[str, typer.Option("--storage", metavar="URL", help="Storage root of the runs.")] = "runs",
     tracking_uri: Annotated[
-        str | None, typer.Option("--tracking-uri", metavar="URI", help="The MLflow store; needed if its URI has a password.")
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="Send only what is for this MLflow store; needed if its URI has a password."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -24,7 +25,10 @@ def flush(
 
     results = replay(outbox_folders(storage), uri=tracking_uri, tell=typer.echo)
     for one in results:
-        typer.echo(f"{one.uri}: {one.writes - one.left} of {one.writes} writes were sent")
+        refused = f", {one.refused} were refused" if one.refused else ""
+        typer.echo(f"{one.uri}: {one.sent} of {one.writes} writes were sent{refused}")
+        if one.away:
+            typer.echo(f"  {one.away}")
     if not results:
         typer.echo(f"nothing waits under {storage}")
     left = sum(one.left for one in results)

@@ -101,6 +101,7 @@ class Outbox:
         self._stopped = Event()
         self._away_since_s: float | None = None
         self._sent_late = 0
+        self._refused = 0
         self._moved_s = time.monotonic()
 
     @property
@@ -114,6 +115,12 @@ class Outbox:
         """Where the journals are that hold them."""
         with self._changed:
             return list(dict.fromkeys(entry.place[0].folder for entry in self._queue if entry.place is not None))
+
+    @property
+    def refused(self) -> int:
+        """How many writes the store did not take, of those that nobody waited for."""
+        with self._changed:
+            return self._refused
 
     def put(self, operation: Operation, source: Path | bytes | None = None) -> None:
         """Keep a write and send it; returns when it was sent, or at once while the server is away.
@@ -280,7 +287,8 @@ class Outbox:
                 with suppress(OSError):
                     # A full disk: it may be sent once more, which changes nothing.
                     entry.place[0].mark_sent(entry.place[1])
-                self._sent_late += 1
+                self._sent_late += entry.error is None
+                self._refused += entry.error is not None and entry.unattended
             self._moved_s = time.monotonic()
             if entry.error is not None and entry.unattended:
                 lines.append(f"MLflow refused {entry.doing}: {first_line(entry.error)}; it is left out")

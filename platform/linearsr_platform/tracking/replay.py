@@ -10,6 +10,9 @@ from linearsr_platform.tracking.operations import Operation, send
 from linearsr_platform.tracking.outbox import Outbox, Patience
 from linearsr_platform.tracking.store import answers, connect, without_password
 
+Orphans = list[tuple[Journal, list[tuple[int, Operation]]]]
+"""Journals that no process holds, each with what is still to be sent."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -20,6 +23,15 @@ class Replay:
     """That were found."""
     left: int
     """That are still to be sent."""
+    refused: int = 0
+    """That the store did not take; they are left out."""
+    away: str = ""
+    """Why nothing could be sent, if the store does not answer."""
+
+    @property
+    def sent(self) -> int:
+        """How many the store has got."""
+        return self.writes - self.left - self.refused
 
 
 def replay(
@@ -32,25 +44,35 @@ def replay(
 ) -> list[Replay]:
     """Send every journal that no running command holds, oldest first; what MLflow has already changes nothing.
 
+    A store that does not answer keeps no other from what is its own.
+
     Args:
         folders: see `journal.outbox_folders`.
-        uri: the store that gets them; None sends each to the one that it was for, which works if that needs no password.
+        uri: the only store that is sent what was for it; None sends each the one that it was for, which works if that needs no password.
         tell: shows the user a line.
         patience_s: how long a store that went away is waited for.
         patience: how long is waited for what in between.
 
     Raises:
-        UserError: if a store does not answer, or is not the one that a journal was for.
+        UserError: if `uri` is none that a journal was for.
     """
-    found: dict[str, list[tuple[Journal, list[tuple[int, Operation]]]]] = {}
+    found: dict[str, Orphans] = {}
     for folder in folders:
         for journal, left in Journal.orphans(folder):
             found.setdefault(journal.uri, []).append((journal, left))
+    wanted = None if uri is None else without_password(uri)
     results = []
     try:
-        for known in list(found):
-            results.append(_replay(known, found[known], uri or known, tell, patience_s, patience))
-            del found[known]
+        if found and wanted is not None and wanted not in found:
+            raise UserError(f"--tracking-uri: got {wanted!r}; expected one that writes wait for: {', '.join(found)}")
+        for known in [known for known in found if wanted in (None, known)]:
+            try:
+                results.append(_replay(known, found[known], uri or known, tell, patience_s, patience))
+            except UserError as error:
+                writes = sum(len(left) for _, left in found[known])
+                results.append(Replay(known, writes, left=writes, away=str(error)))
+            else:
+                del found[known]
     finally:
         for rest in found.values():
             for journal, _ in rest:
@@ -60,14 +82,12 @@ def replay(
 
 def _replay(
     known: str,
-    orphans: list[tuple[Journal, list[tuple[int, Operation]]]],
+    orphans: Orphans,
     uri: str,
     tell: Callable[[str], None],
     patience_s: float,
     patience: Patience | None,
 ) -> Replay:
-    if without_password(uri) != known:
-        raise UserError(f"--tracking-uri: got {without_password(uri)!r}; expected {known!r}, for which {orphans[0][0].folder} was written")
     client = connect(uri)
     outbox = Outbox(
         known,
@@ -78,4 +98,5 @@ def _replay(
         patience=patience,
     )
     writes = outbox.adopt(orphans)
-    return Replay(known, writes, outbox.close(patience_s))
+    left = outbox.close(patience_s)
+    return Replay(known, writes, left, outbox.refused)
