@@ -5,13 +5,17 @@ import logging
 import math
 import socket
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from linearsr.config import CodecConfig
 from linearsr.guard import Trip
 from linearsr_platform.errors import StageError, UserError
+from linearsr_platform.tracking.failures import first_line, reason
 from linearsr_platform.tracking.runs import FLUSH_AFTER_S, Tracker
 from linearsr_platform.tracking.store import check_reachable, default_artifact_root, default_uri, how_to_open
 from linearsr_platform.tracking.values import flatten
@@ -179,6 +183,32 @@ def test_a_server_that_is_not_there_is_named_quickly() -> None:
         with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}.*mlflow server") as caught:
             check_reachable(uri, timeout_s=1)
         assert "secret" not in str(caught.value)
+
+
+def test_a_server_is_asked_at_its_host_whatever_name_and_password_the_uri_has() -> None:
+    asked: list[str] = []
+
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        check_reachable(f"http://me:se%40cret@127.0.0.1:{server.server_port}/mlflow/")
+        server.shutdown()
+    assert asked == ["/mlflow/health"]
+
+
+def test_what_mlflow_says_of_its_server_is_shown_without_the_password() -> None:
+    error = MlflowException("API request to http://me:secret@mlflow:5000/api/2.0/mlflow/runs/update failed with exception")
+    for shown in (first_line(error), reason(error)):
+        assert "secret" not in shown
+        assert "mlflow:5000/api" in shown
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "mlruns"])

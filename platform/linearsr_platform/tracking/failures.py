@@ -2,6 +2,8 @@
 
 import re
 
+from linearsr_platform.remote import without_logins
+
 LONGEST_REASON = 120
 BORROWED = ("requests", "urllib3", "botocore", "boto3", "s3transfer", "sqlalchemy")
 """Packages that MLflow reaches its stores through; what they raise is about the way there."""
@@ -21,8 +23,8 @@ def is_transient(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, without the passwords in its URLs: MLflow quotes its server's."""
+    return without_logins((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def reason(error: BaseException) -> str:

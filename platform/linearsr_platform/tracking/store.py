@@ -155,8 +155,11 @@ def _make_parent(uri: str) -> None:
 
 def _ask_health(uri: str, timeout_s: float) -> None:
     """Ask a server whether it lives; one that wants a password first lives too."""
+    # urllib would take name and password for a part of the host.
+    address = urlsplit(uri)
+    health = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path.rstrip('/')}/health"
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s):  # noqa: S310  (http or https, checked)
+        with urllib.request.urlopen(health, timeout=timeout_s):  # noqa: S310  (http or https, checked)
             pass
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
