@@ -1,6 +1,7 @@
 """`linearsr models` at the command line: what it shows, refuses and writes down, on a real SQLite registry."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_two_versions_side_by_side(store: Path) -> None:
     assert "worse" in text
     assert "hash-23" in text
     assert json.loads(linearsr(store, "show", "net/1", "--json").stdout)["evaluation"]["classic"]["rows"]["one_step"] == {"psnr_y": 24.0}
+
+
+def test_a_container_whose_user_has_no_account_promotes_too(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_account(uid: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    result = linearsr(store, "promote", "net/1", "--force", "--reason", "a container")
+    assert result.exit_code == 0, result.output
+    assert json.loads(linearsr(store, "history", "net", "--json").stdout)[-1]["by"] == f"uid {os.getuid()}"
 
 
 @pytest.mark.parametrize(

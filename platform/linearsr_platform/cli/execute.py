@@ -1,6 +1,5 @@
 """Runs a loaded recipe: puts together tracking, cluster and display, and says where to look at the end."""
 
-import getpass
 from contextlib import ExitStack
 from datetime import datetime
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from linearsr_platform import storage
+from linearsr_platform.cli.account import account_name
 from linearsr_platform.cli.boundary import warn_of
 from linearsr_platform.cli.environment import quiet_libraries
 from linearsr_platform.cli.progress import RunDisplay, make_display
@@ -148,7 +148,7 @@ def open_context(
         tracker=tracker,
         pipeline_run=pipeline_run,
         display=display,
-        user=getpass.getuser(),
+        user=account_name(),
         open_cluster=open_cluster,
     )
 

@@ -1,6 +1,5 @@
 """`linearsr submit`, `status`, `logs`, `stop` and `list`: runs as jobs of a Ray cluster, from any machine that reaches its dashboard."""
 
-import getpass
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearsr_platform.cli.account import account_name
 from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Update, Verbose, known_stage
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import SEARCH_STAGE_NAMES, STAGE_NAMES
@@ -79,7 +79,7 @@ def submit(
                 kind=kind,
                 name=loaded.recipe.name,
                 recipe_hash=loaded.hash,
-                user=getpass.getuser(),
+                user=account_name(),
                 python=python or default_python(address),
                 env=variables,
             )

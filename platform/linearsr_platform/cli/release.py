@@ -1,6 +1,5 @@
 """`linearsr models promote, rollback, history, replace-expert`: what changes in the registry, and who changed it."""
 
-import getpass
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearsr_platform.cli.account import account_name
 from linearsr_platform.cli.models import AsJson, Name, Reference, Storage, TrackingUri, open_registry
 from linearsr_platform.cli.options import Overrides, Profile, Verbose
 from linearsr_platform.errors import StageError, UserError
@@ -49,7 +49,7 @@ def promote(
 
     version = find_reference(client, model, default=CHALLENGER)
     section, whose = _rules(version, recipe, profile, overrides)
-    decision = decide(client, version.name, section=section, by=getpass.getuser(), version=version.version, force_reason=reason)
+    decision = decide(client, version.name, section=section, by=account_name(), version=version.version, force_reason=reason)
     if as_json:
         typer.echo(json.dumps({"promoted": decision.promoted, **asdict(decision)}, indent=1))
     else:
@@ -77,7 +77,7 @@ def rollback(
     client = open_registry(storage, tracking_uri, verbose=verbose)
     from linearsr_platform.registry.promotion import rollback as go_back
 
-    row = go_back(client, name, by=getpass.getuser(), reason=reason)
+    row = go_back(client, name, by=account_name(), reason=reason)
     typer.echo(f"models:/{name}@champion is version {row.to_version} again; it was {row.from_version}")
 
 
