@@ -18,6 +18,7 @@ from linearsr_platform.train.footprint import footprint
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
+FOLDER = str(PIPELINES)
 QUICKSTART = str(PIPELINES / "quickstart.yaml")
 
 
@@ -87,7 +88,7 @@ def test_the_paper_recipe_needs_what_its_comments_say() -> None:
     ],
 )
 def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ...], machine: MachineConfig, said: str) -> None:
-    problems = plan_run(recipe(*overrides), [machine], {}).problems
+    problems = plan_run(recipe(*overrides), [machine], {}, folder=FOLDER).problems
     assert any(said in problem for problem in problems), problems
 
 
@@ -101,11 +102,34 @@ def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:
 
 def test_experts_queue_where_not_all_have_room() -> None:
     paces = {"experts": Pace(samples_per_s=100.0, source="given")}
-    one, four = (plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], paces).training[1] for cpus in (2, 4))
+    plans = [plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], paces, folder=FOLDER) for cpus in (2, 4)]
+    one, four = (plan.training[1] for plan in plans)
     assert (one.at_once, four.at_once) == (2, 4)
     assert one.seconds is not None
     assert four.seconds is not None
     assert one.seconds > 1.8 * four.seconds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory_gb", "trials"),
+    [
+        (("experts.cpus_per_worker=0.25",), None, 4),
+        (("experts.cpus_per_worker=0.25", "search.max_concurrent=3"), None, 3),
+        ((), 1.7, 2),
+        (("cluster.cpus_per_worker=5",), None, 0),
+    ],
+)
+def test_trials_at_once_are_those_of_the_search(overrides: tuple[str, ...], memory_gb: float | None, trials: int) -> None:
+    search = load_recipe(str(PIPELINES / "search_boundaries.yaml"), None, ["cluster.cpus_per_worker=1", *overrides]).recipe
+    planned = plan_run(search, [MachineConfig(cpus=4, memory_gb=memory_gb)], {}, folder=FOLDER)
+    assert planned.trials_at_once == trials
+    assert any("no room for a trial" in problem for problem in planned.problems) == (trials == 0)
+
+
+def test_photographs_are_those_that_table_and_limit_leave() -> None:
+    limits = ((), ("data.sources.skimage.limit=3",))
+    counts = [plan_run(recipe(*limit), [MachineConfig(cpus=2)], {}, folder=FOLDER).pictures for limit in limits]
+    assert counts == [10, 5]
 
 
 def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None:

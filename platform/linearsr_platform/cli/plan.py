@@ -40,7 +40,7 @@ def plan(
     from linearsr_platform.stages.plan import plan_run
 
     machines = _machines(loaded.recipe.cluster)
-    planned = plan_run(loaded.recipe, machines, paces(loaded.recipe, _rates(rate or [])))
+    planned = plan_run(loaded.recipe, machines, paces(loaded.recipe, _rates(rate or [])), folder=loaded.folder)
     if as_json:
         derived = {"seconds": planned.seconds, "price": planned.price, "disk_bytes": planned.disk_bytes}
         kinds = [machine.model_dump(mode="json") for machine in machines]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 
 TRAINER_BYTES = 0.5e9
@@ -41,6 +42,11 @@ class Room:
             min(int(node.cpus / share.cpus + ROUNDING), int(node.gpus / share.gpus + ROUNDING) if share.gpus else 2**31)
             for node in self.nodes
         )
+
+
+def share_of_worker(cluster: ClusterConfig) -> Share:
+    """Return what a worker reserves where no stage says otherwise; a search's trials do too."""
+    return Share(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
 
 
 def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:

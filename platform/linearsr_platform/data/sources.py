@@ -135,6 +135,30 @@ def find_candidates(
     return found
 
 
+def count_pictures(config: DataConfig, recipe_folder: str) -> tuple[int, bool]:
+    """Return how many image files the sources take, and whether some are tars: those are not looked into and count as one.
+
+    Args:
+        config: for `sources`.
+        recipe_folder: where tables are looked for.
+
+    Raises:
+        UserError: if a source is not there, or a table is broken.
+    """
+    count, has_tars = 0, False
+    for name, source in config.sources.items():
+        listing = list_source(name, source)
+        images = [file for file in listing if file.lower().endswith(SUFFIXES)]
+        tars = sum(file.lower().endswith(TAR) for file in listing)
+        if source.table is not None:
+            table = read_table(storage.absolute(source.table, recipe_folder))
+            images = [file for file in images if _row_of(file, table) is not None]
+        taken = len(images) + tars
+        count += taken if source.limit is None else min(taken, source.limit)
+        has_tars |= tars > 0
+    return count, has_tars
+
+
 def list_source(name: str, source: SourceConfig) -> dict[str, Found]:
     """List the files of a source by their path below its folder. A glob lists the files it fits and their side files.
 

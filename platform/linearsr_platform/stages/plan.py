@@ -1,12 +1,14 @@
 """What a run will take, before anything is paid for: room, memory, disk, time and money, as arithmetic that can be shown."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
-from linearsr_platform.cluster.capacity import TRAINER_BYTES, Room, Share
-from linearsr_platform.data.sources import list_source
+from linearsr_platform.cluster.capacity import TRAINER_BYTES, Room, Share, share_of_worker, trials_at_once
+from linearsr_platform.data.sources import count_pictures
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import MachineConfig, Recipe
+from linearsr_platform.recipe.search_schema import SearchSection
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.stages.activations import network_size
 from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
@@ -17,7 +19,6 @@ CHECKPOINTS = 3
 """Full checkpoints of a trainer at once: two that are kept and the one being written."""
 AFTER_S = 3.0
 """From a trainer's last step to its end."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class RunPlan:
     other_s: Mapping[str, float]
     """Seconds of the stages that do not train, as far as they are known."""
     pictures: int
-    """Image files that the sources list; tars count as one."""
+    """Image files that the sources take; tars count as one."""
     trials_at_once: int | None
     """Of the recipe's search; None if it has none."""
     problems: tuple[str, ...]
@@ -89,16 +90,17 @@ class RunPlan:
         return sum(stage.disk_bytes for stage in self.training)
 
 
-def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[str, Pace]) -> RunPlan:
+def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[str, Pace], *, folder: str) -> RunPlan:
     """Plan a run on some machines; starts nothing.
 
     Args:
         recipe: what is run.
         machines: what there is.
         paces: by stage, see `pace.paces`.
+        folder: the recipe's, where the tables of its sources are looked for.
 
     Raises:
-        UserError: if a source of photographs is not there.
+        UserError: if a source of photographs is not there, or its table is broken.
     """
     experts = len(recipe.experts.resolved_boundaries) + 1
     cluster, own = recipe.cluster, recipe.experts.cpus_per_worker
@@ -113,21 +115,26 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
         _plan_stage(recipe, name, train, trainers, Share(cpus=cpus, gpus=cluster.gpus_per_worker), machines, paces.get(name), problems)
         for name, train, trainers, cpus in stages
     )
-    pictures = sum(file.lower().endswith(PICTURES) for name, source in recipe.data.sources.items() for file in list_source(name, source))
+    pictures, tars = count_pictures(recipe.data, folder)
     needed = max(stage.workers for stage in training)
-    tars = any(file.endswith(".tar") for name, source in recipe.data.sources.items() for file in list_source(name, source))
     if pictures < needed and not tars:
         problems.append(f"data: {pictures} photographs for {needed} workers, each of which reads shards of its own")
     other = {name: pace.stage_s for name, pace in paces.items() if pace.stage_s is not None}
-    room = _room(machines)
-    trials = None
-    if recipe.search is not None:
-        trials = min(room.workers(training[1].share), recipe.search.max_concurrent or 2**31)
-        if trials < 1:
-            problems.append(f"search: a trial takes {training[1].share} on one machine, and no machine has that")
+    trials = None if recipe.search is None else _trials(recipe, recipe.search, machines, problems)
     return RunPlan(
         machines=tuple(machines), training=training, other_s=other, pictures=pictures, trials_at_once=trials, problems=tuple(problems)
     )
+
+
+def _trials(recipe: Recipe, search: SearchSection, machines: Sequence[MachineConfig], problems: list[str]) -> int:
+    """Return how many trials run at once, by the search's own arithmetic; 0, with the reason among the problems, if not even one can."""
+    # Of a cluster that is there already the search does not count the memory.
+    room = replace(_room(machines), memory_bytes=_memory_bytes(machines) if recipe.cluster.address is None else None)
+    try:
+        return trials_at_once(share_of_worker(recipe.cluster), room, wanted=search.max_concurrent)
+    except UserError as error:
+        problems.append(str(error))
+        return 0
 
 
 def _plan_stage(
@@ -180,8 +187,8 @@ def _at_once(
         problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
         return 0
     host = train.workers * memory.host_bytes(gpu=gpu) + TRAINER_BYTES
-    total = sum(machine.count * machine.memory_gb * GIGA for machine in machines if machine.memory_gb is not None)
-    if total and all(machine.memory_gb is not None for machine in machines):
+    total = _memory_bytes(machines)
+    if total is not None:
         if host > total:
             problems.append(f"{name}: a trainer takes {host / GIGA:.1f} GB of memory, but the machines have {total / GIGA:.1f} GB")
             return 0
@@ -191,6 +198,12 @@ def _at_once(
 
 def _room(machines: Sequence[MachineConfig]) -> Room:
     return Room(nodes=tuple(Share(cpus=machine.cpus, gpus=machine.gpus) for machine in machines for _ in range(machine.count)))
+
+
+def _memory_bytes(machines: Sequence[MachineConfig]) -> float | None:
+    """Return the host memory of all machines; None if that of one is not known."""
+    sizes = [machine.count * machine.memory_gb * GIGA for machine in machines if machine.memory_gb is not None]
+    return sum(sizes) if sizes and len(sizes) == len(machines) else None
 
 
 def _terms(memory: Footprint) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from linearsr.noise_profile import NoiseProfile
 from linearsr_platform import storage
-from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.capacity import Share, share_of_worker
 from linearsr_platform.cluster.profiling import ProfilePlan, profile_on_cluster
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.search_schema import SearchSection
@@ -28,8 +28,7 @@ def section_of(context: RunContext) -> SearchSection:
 
 def trial_share(context: RunContext) -> Share:
     """Return what profiling and each trial reserve: a worker's share, for a trial's experts train one after the other."""
-    cluster = context.recipe.cluster
-    return Share(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+    return share_of_worker(context.recipe.cluster)
 
 
 def settings(context: RunContext) -> object:
