@@ -1,6 +1,8 @@
 """What a run takes, as arithmetic: memory by ZeRO stage, room, and why some runs can never be."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from linearsr_platform.cli.app import app
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
 from linearsr_platform.stages.activations import network_size
-from linearsr_platform.stages.pace import Pace, train_seconds
+from linearsr_platform.stages.context import StageResult
+from linearsr_platform.stages.pace import Pace, paces, train_seconds
 from linearsr_platform.stages.plan import plan_run
 from linearsr_platform.train.footprint import footprint
 
@@ -101,8 +104,8 @@ def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:
 
 
 def test_experts_queue_where_not_all_have_room() -> None:
-    paces = {"experts": Pace(samples_per_s=100.0, source="given")}
-    plans = [plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], paces, folder=FOLDER) for cpus in (2, 4)]
+    known = {"experts": Pace(samples_per_s=100.0, source="given")}
+    plans = [plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], known, folder=FOLDER) for cpus in (2, 4)]
     one, four = (plan.training[1] for plan in plans)
     assert (one.at_once, four.at_once) == (2, 4)
     assert one.seconds is not None
@@ -130,6 +133,16 @@ def test_photographs_are_those_that_table_and_limit_leave() -> None:
     limits = ((), ("data.sources.skimage.limit=3",))
     counts = [plan_run(recipe(*limit), [MachineConfig(cpus=2)], {}, folder=FOLDER).pictures for limit in limits]
     assert counts == [10, 5]
+
+
+def test_a_pace_is_that_of_the_stage_that_ended_last(tmp_path: Path) -> None:
+    for stage, key, seconds, age_s in (("evaluate", "ffff", 999.0, 100), ("evaluate", "0000", 10.0, 0), ("trials", "1111", 1500.0, 0)):
+        url = tmp_path / "quickstart" / f"{stage}-{key}"
+        StageResult(stage=stage, key=key, url=str(url), summary="", seconds=seconds, run_id="r", data={}).write()
+        changed = time.time() - age_s
+        os.utime(url / "result.json", (changed, changed))
+    found = paces(recipe(f"storage={tmp_path}"), {})
+    assert {stage: pace.stage_s for stage, pace in found.items()} == {"evaluate": 10.0}
 
 
 def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None:

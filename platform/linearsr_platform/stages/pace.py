@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linearsr_platform import storage
-from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.recipe.schema import STAGE_NAMES, Recipe
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.stages.context import StageResult
 from linearsr_platform.train.outcome import TrainOutcome
@@ -69,10 +69,16 @@ def train_seconds(train: TrainConfig, pace: Pace) -> float | None:
 
 
 def _results(run_url: str) -> list[StageResult]:
-    """Return the finished stages of earlier runs, the newest of each stage last."""
+    """Return the finished stages of earlier runs, the newest of each stage last; a search of this name has others beside them."""
     files = storage.list_files(run_url, "*/result.json")
-    stages = [storage.parent(file) for file in files if file.removeprefix(run_url).strip("/").count("/") == 1]
-    return [result for url in stages if (result := StageResult.read(url)) is not None]
+    finished = sorted((file for file in files if file.removeprefix(run_url).strip("/").count("/") == 1), key=_written_s)
+    results = [StageResult.read(storage.parent(file)) for file in finished]
+    return [result for result in results if result is not None and result.stage in STAGE_NAMES]
+
+
+def _written_s(file: str) -> float:
+    """Return when a file was written, seconds since the epoch."""
+    return storage.call(file, lambda fs, path: float(fs.modified(path).timestamp()))
 
 
 def _measured(outcomes: Mapping[str, TrainOutcome], train: TrainConfig) -> Pace:
