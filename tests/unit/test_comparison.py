@@ -1,11 +1,14 @@
 """Intervals of paired differences hold what they promise, and a win within noise is not called one."""
 
+import json
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from linearsr_platform.report.comparison import paired_comparison
-from linearsr_platform.report.search_model import Comparison, SearchReport
-from linearsr_platform.stages.finalists import Contender, compare
+from linearsr_platform.report.search_model import Comparison, SearchReport, TrialRow, conclusions
+from linearsr_platform.stages.finalists import Contender, compare, comparisons_of, data_of
 
 SEEDS, CROPS = 3, 32
 
@@ -16,12 +19,21 @@ def draw(rng: np.random.Generator, *, seed_spread: float, crop_spread: float, no
     return of_seeds + of_crops + noise * rng.standard_normal((SEEDS, CROPS))
 
 
-def winner(comparisons: list[Comparison]) -> str:
-    """Return the label of what a report of nothing but these comparisons recommends."""
-    report = SearchReport(
-        name="s", metric="psnr_y", higher_is_better=True, trials=(), proposals=(), comparisons=tuple(comparisons), best=None, profile=None,
-        trained=0, cached=0, seconds=0.0, started="",
+def reported(comparisons: Sequence[Comparison]) -> SearchReport:
+    """Return a report of these comparisons and one trial."""
+    best = TrialRow(
+        name="trial-000", boundaries=(), origin="search", state="done", rung=1, rungs=1, score=20.0, score_error=0.1, trained=1, cached=0,
+        seconds=1.0,
     )  # fmt: skip
+    return SearchReport(
+        name="s", metric="psnr_y", higher_is_better=True, trials=(best,), proposals=(), comparisons=tuple(comparisons), best=best,
+        profile=None, trained=0, cached=0, seconds=0.0, started="",
+    )  # fmt: skip
+
+
+def winner(comparisons: list[Comparison]) -> str:
+    """Return the label of what a report of these comparisons recommends."""
+    report = reported(comparisons)
     assert report.winner is not None
     return report.winner.label
 
@@ -64,3 +76,17 @@ def test_only_a_win_beyond_noise_takes_the_place_of_what_the_trials_found() -> N
     assert winner(told) == "paper"
     assert told[1].difference == pytest.approx(0.101, abs=0.01)
     assert winner(compare(contenders, -scores, higher_is_better=False)) == "paper"
+
+
+def test_a_crop_without_a_finite_score_is_told_and_kept() -> None:
+    scores = 20 + np.random.default_rng(3).standard_normal((3, SEEDS, CROPS))
+    scores[1, 1, 0] = np.nan
+    contenders = [Contender(label=name, boundaries=()) for name in ("best found", "paper", "single expert")]
+    told = compare(contenders, scores, higher_is_better=True)
+    assert [(one.label, one.verdict == "not known") for one in told] == [
+        ("best found", False), ("single expert", False), ("paper", True)
+    ]  # fmt: skip
+    data = data_of(told, seeds=[1, 2, 3], means={"paper": {"psnr_y": np.nan}})
+    read = comparisons_of(json.loads(json.dumps(data, allow_nan=False)))
+    assert repr(read) == repr(tuple(told))
+    assert "cannot be compared with the paper's" in "".join(conclusions(reported(read)))

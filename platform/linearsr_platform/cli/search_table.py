@@ -20,7 +20,7 @@ WIDTH = 100
 """Columns of tables that are not written to a terminal."""
 ENDED = frozenset({"stopped", "done", "failed"})
 STYLES = {"queued": "dim", "running": "cyan", "stopped": "dim", "done": "green", "failed": "red"}
-VERDICT_STYLES = {"better": "green", "worse": "red", "no difference": "", "reference": "dim"}
+VERDICT_STYLES = {"better": "green", "worse": "red", "no difference": "", "not known": "yellow", "reference": "dim"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,16 @@ from linearsr_platform.report.markup import metric_label
 
 TrialState = Literal["queued", "running", "stopped", "done", "failed"]
 """`stopped` is by the scheduler, at a rung."""
-Verdict = Literal["better", "worse", "no difference", "reference"]
+Verdict = Literal["better", "worse", "no difference", "not known", "reference"]
+"""`not known` is of scores that are not all finite."""
 
-OPPOSITE: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "no difference": "no difference", "reference": "reference"}
+OPPOSITE: dict[Verdict, Verdict] = {
+    "better": "worse",
+    "worse": "better",
+    "no difference": "no difference",
+    "not known": "not known",
+    "reference": "reference",
+}
 """The verdict seen from the other side."""
 REFERENCES = {"paper": "the paper's boundaries", "uniform in t": "boundaries uniform in t", "single expert": "a single expert"}
 """Label of what the search must beat -> how a sentence names it."""
@@ -173,6 +180,8 @@ def _against_start(report: SearchReport, metric: str) -> list[str]:
 
 def _conclusion(contrast: Contrast, metric: str) -> str:
     other = REFERENCES.get(contrast.label, f"the boundaries of {contrast.label}")
+    if contrast.verdict == "not known":
+        return f"The best boundaries found cannot be compared with {other}: a crop of one of them has no finite {metric}."
     amount = f"{metric} {_signed(contrast.difference, contrast)}"
     if contrast.interval is not None:
         low, high = contrast.interval

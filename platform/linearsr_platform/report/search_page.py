@@ -12,7 +12,7 @@ from linearsr_platform.report.html import CONTENT_POLICY
 from linearsr_platform.report.markup import ARROWS, DASH, MINUS, Markup, duration, element, join, metric_label
 from linearsr_platform.report.search_model import Comparison, SearchReport, TrialRow, conclusions, ranked, score_text
 
-STYLES = {"better": "good", "worse": "bad", "no difference": "same", "reference": "same"}
+STYLES = {"better": "good", "worse": "bad", "no difference": "same", "not known": "same", "reference": "same"}
 """Verdict -> style class."""
 COMPARED = (
     "Each set of boundaries was trained again with the same seeds; differences are paired by seed and crop. "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from linearsr_platform.cluster.record import finished_outcome
 from linearsr_platform.cluster.scoring import Candidate, measure_all
 from linearsr_platform.cluster.trial import TrialPlan
 from linearsr_platform.errors import StageError
+from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.report.comparison import paired_comparison
 from linearsr_platform.report.search_model import OPPOSITE, Comparison, Verdict, ranked
 from linearsr_platform.stages.context import RunContext, StageOutput
@@ -69,7 +71,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         }
         for i, one in enumerate(contenders)
     }
-    data = {"comparisons": [asdict(one) for one in comparisons], "seeds": seeds, "metrics": means}
+    data = data_of(comparisons, seeds=seeds, means=means)
     tracked.log_dict(data, "comparisons.json")
     summary = f"{section.metric} {comparisons[0].score:.4g}, {_against(comparisons)}"
     return StageOutput(summary, data)
@@ -102,7 +104,7 @@ def compare(contenders: Sequence[Contender], scores: NDArray[np.float64], *, hig
         higher_is_better: of the metric.
 
     Returns:
-        The first, then the others in order of their mean score.
+        The first, then the others in order of their mean score; of which a crop has none that is finite are last.
     """
     comparisons: list[Comparison] = []
     for one, own_scores in zip(contenders, scores, strict=True):
@@ -115,21 +117,39 @@ def compare(contenders: Sequence[Contender], scores: NDArray[np.float64], *, hig
         found = paired_comparison(own_scores - scores[0], confidence=1 - (1 - CONFIDENCE) / (len(contenders) - 1))
         verdict = _verdict(found.interval, higher_is_better)
         comparisons.append(Comparison(**common, difference=found.mean, interval=found.interval, verdict=verdict))
-    return [comparisons[0], *sorted(comparisons[1:], key=lambda one: one.score, reverse=higher_is_better)]
+    sign = -1 if higher_is_better else 1
+    return [comparisons[0], *sorted(comparisons[1:], key=lambda one: (not isfinite(one.score), sign * one.score))]
+
+
+def data_of(comparisons: Sequence[Comparison], *, seeds: Sequence[int], means: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Return the finished stage's data as JSON; null stands for a number that is not finite."""
+    data: dict[str, Any] = null_for_nan({"comparisons": [asdict(one) for one in comparisons], "seeds": list(seeds), "metrics": dict(means)})
+    return data
 
 
 def comparisons_of(data: Mapping[str, Any]) -> tuple[Comparison, ...]:
     """Read the comparisons back from the finished stage's data."""
-    return tuple(
-        Comparison(
-            **{**one, "boundaries": tuple(one["boundaries"]), "interval": None if one["interval"] is None else tuple(one["interval"])}
-        )
-        for one in data["comparisons"]
+    return tuple(_comparison_of(one) for one in data["comparisons"])
+
+
+def _comparison_of(value: Mapping[str, Any]) -> Comparison:
+    is_reference = value["verdict"] == "reference"
+    numbers = {name: nan_for_null(value[name]) for name in ("score", "score_error")}
+    return Comparison(
+        label=value["label"],
+        boundaries=tuple(value["boundaries"]),
+        seeds=value["seeds"],
+        **numbers,
+        difference=None if is_reference else nan_for_null(value["difference"]),
+        interval=None if is_reference else (nan_for_null(value["interval"][0]), nan_for_null(value["interval"][1])),
+        verdict=value["verdict"],
     )
 
 
 def _verdict(interval: tuple[float, float], higher_is_better: bool) -> Verdict:
     low, high = interval if higher_is_better else (-interval[1], -interval[0])
+    if not (isfinite(low) and isfinite(high)):
+        return "not known"
     return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
