@@ -267,6 +267,13 @@ def test_a_set_that_cannot_be_read_is_named_beside_other_errors(write, override)
     assert [problem.file for problem in found] == [f"--set {override}", "--set seed=x"]
 
 
+@pytest.mark.parametrize("override", ["tracking.uri='http://[::1'", "storage=s3://[bucket]/p", "data.sources.more=s3://[bucket]/p"])
+def test_a_url_that_cannot_be_taken_apart_is_named(write, override):
+    (problem,) = problems_of(write(MINIMAL), None, [override])
+    assert (problem.file, problem.key.startswith(override.partition("=")[0])) == (f"--set {override}", True)
+    assert "broken" in problem.rule
+
+
 def test_a_repeated_key_and_a_wrong_value_of_it_are_both_told(write):
     found = problems_of(write(MINIMAL + "seed: x\nseed: 3\n"))
     assert [(problem.key, problem.file.rsplit(":", 1)[1]) for problem in found] == [("seed", "12"), ("seed", "11")]

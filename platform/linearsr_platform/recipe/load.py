@@ -1,7 +1,7 @@
 """Reads a recipe: YAML file, then a profile on top, then `--set` overrides, then everything is checked at once."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,10 +59,26 @@ def load_recipe(path: str, profile: str | None = None, overrides: Sequence[str] 
     # A value that could not be read is no value of its key's type either; once is enough.
     unread = {problem.key for problem in problems if problem.value}
     problems += [problem for problem in broken if problem.key not in unread]
+    problems += _broken_urls(merged.settings, (), merged)
     if problems:
         raise RecipeErrors(problems)
     resolved = _without_passwords(recipe.model_dump(mode="json"))
     return LoadedRecipe(recipe, storage.parent(path), resolved, stable_hash(resolved))
+
+
+def _broken_urls(value: object, path: KeyPath, merged: Merged) -> Iterator[RecipeProblem]:
+    """Yield every URL below a path that cannot be taken apart."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _broken_urls(item, (*path, key), merged)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _broken_urls(item, (*path, index), merged)
+    elif isinstance(value, str) and "://" in value:
+        try:
+            urlsplit(value)
+        except ValueError as error:
+            yield RecipeProblem(file=merged.origin(path), key=dotted(path), value=value, rule=f"a URL, but this one is broken: {error}")
 
 
 def _without_passwords(value: Any) -> Any:
