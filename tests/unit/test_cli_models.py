@@ -106,3 +106,19 @@ def test_a_container_whose_user_has_no_account_promotes_too(store: Path, monkeyp
 def test_a_mistake_ends_with_2_and_says_what_would_be_right(store: Path, words: tuple[str, ...], said: str) -> None:
     result = linearsr(store, *words)
     assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--storage", "s3://bucket/runs"), "fix: --tracking-uri http://HOST:5000"),
+        (("--tracking-uri", "sqlite:///{folder}/typo/mlflow.db"), "there is no {folder}/typo/mlflow.db"),
+        (("--tracking-uri", "http://[::1"), "Invalid IPv6 URL"),
+        (("--storage", "{folder}/typo"), "fix: name the right one"),
+    ],
+)
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    words = ["models", "list", *(option.format(folder=tmp_path) for option in options)]
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, said.format(folder=tmp_path) in result.stderr) == (2, True), result.output
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError, UserError
@@ -67,7 +67,8 @@ def check_reachable(uri: str, *, timeout_s: float = 3.0) -> None:
     Raises:
         UserError: naming the URI and what to do, if it does not.
     """
-    scheme = urlsplit(uri).scheme.split("+")[0]
+    address = _parts(uri)
+    scheme = address.scheme.split("+")[0]
     if scheme in ("", "file"):
         raise UserError(
             f"tracking.uri: got {uri!r}; expected sqlite:///FILE, http://HOST:PORT or a database, because MLflow no longer keeps "
@@ -79,7 +80,6 @@ def check_reachable(uri: str, *, timeout_s: float = 3.0) -> None:
         elif scheme in ("http", "https"):
             _ask_health(uri, timeout_s)
         elif scheme in DATABASE_PORTS:
-            address = urlsplit(uri)
             socket.create_connection((address.hostname or "localhost", address.port or DATABASE_PORTS[scheme]), timeout_s).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
@@ -108,9 +108,20 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def without_password(uri: str) -> str:
-    """Return a URI that is safe to print."""
-    password = urlsplit(uri).password
+    """Return a URI that is safe to print.
+
+    Raises:
+        UserError: if it cannot be taken apart.
+    """
+    password = _parts(uri).password
     return uri.replace(f":{password}@", ":***@") if password else uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite URI; None if it is of another kind, keeps its records in memory, or gives SQLite a URI of its own."""
+    scheme, _, path = uri.partition("?")[0].partition(":///")
+    named = bool(path) and path != ":memory:" and not path.startswith("file:")
+    return Path(path) if scheme.split("+")[0] == "sqlite" and named else None
 
 
 def how_to_open(uri: str) -> str:
@@ -146,11 +157,19 @@ def _quiet_table_creation() -> Iterator[None]:
         logger.setLevel(before)
 
 
+def _parts(uri: str) -> SplitResult:
+    """Take a URI apart."""
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"tracking.uri: got {uri!r}; expected a URI, but this one is broken: {error}") from None
+
+
 def _make_parent(uri: str) -> None:
     """Make the folder of a SQLite file."""
-    path = uri.partition(":///")[2]
-    if path and path != ":memory:":
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = sqlite_file(uri)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _ask_health(uri: str, timeout_s: float) -> None:
