@@ -72,10 +72,12 @@ def test_the_ways_out_are_ways_out(recipe: Path) -> None:
 def test_where_and_how_safely_it_runs_is_no_part_of_it(recipe: Path) -> None:
     record(recipe)
     elsewhere = ["cluster.num_cpus=4", "tracking.experiment=x", "pretrain.workers=2", "experts.train.max_failures=9"]
-    elsewhere += ["finetune.train.zero.stage=3", "experts.cpus_per_worker=1", "pretrain.checkpoint_every=7"]
+    elsewhere += ["finetune.train.zero.stage=3", "experts.cpus_per_worker=1"]
     assert PASSED in cli(recipe, *elsewhere)
     assert recipe_identity(load(recipe, *elsewhere).resolved, "run") == recipe_identity(load(recipe).resolved, "run")
     assert "pretrain.zero.extra" in cli(recipe, "pretrain.zero.extra={wall_clock_breakdown: true}")
+    often = cli(recipe, "pretrain.checkpoint_every=7", "pretrain.log_every=7")
+    assert "2 changed" in often, "the guard looks at other steps and goes back to others"
 
 
 def test_a_run_and_a_search_of_one_name_each_have_their_own_recipe(recipe: Path) -> None:

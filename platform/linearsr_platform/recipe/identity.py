@@ -18,18 +18,17 @@ PLACES: tuple[str, ...] = (
     "*.cpus_per_worker",
     "*.zero.stage",
     "*.max_failures",
-    "*.checkpoint_every",
     "*.keep_checkpoints",
-    "*.log_every",
     "*.loader_workers",
     "*.min_workers",
     "*.accumulation",
     "data.parallel_from",
     "data.cache_*",
-    "validation.weights",
 )
 """Settings, by dotted key with `*`, that say where, how fast and how safely a recipe runs, not what comes out: whatever they
-are, it is the same recipe. A name is that of the folder."""
+are, it is the same recipe, and no finished stage is done again. A name is that of the folder.
+
+`log_every` and `checkpoint_every` are none of them: they say when the guard looks, and to where it goes back."""
 NOT_READ: dict[RunKind, tuple[str, ...]] = {
     "run": ("search",),
     # A search that is asked for more trials goes on where it was.

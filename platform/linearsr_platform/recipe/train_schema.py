@@ -70,7 +70,7 @@ class TrainConfig(Section):
     min_workers: Count | None = None
     """Workers to go on with while the cluster has no room for all; unset waits for all of them."""
     log_every: Count = 10
-    """Steps between batches of logged metrics."""
+    """Steps between batches of logged metrics, at which the guard looks at them."""
     validate_every: Count = 100
     """Steps between validations; each also writes an EMA snapshot."""
     checkpoint_every: Count = 100

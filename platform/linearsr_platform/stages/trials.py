@@ -38,7 +38,7 @@ def settings(context: RunContext) -> object:
     dump = context.recipe.model_dump(mode="json")
     left_out = ("parent", "trials", "max_concurrent", "profile", "finalists")
     search = {name: value for name, value in dump["search"].items() if name not in left_out}
-    training = {"train": dump["experts"]["train"], "overlap": dump["experts"]["overlap_log_snr"]}
+    training = {"train": context.recipe.experts.train.decisive(), "overlap": dump["experts"]["overlap_log_snr"]}
     return {"search": search, **training, "sampler": dump["sampler"], "scoring": VERSION}
 
 
