@@ -3,17 +3,23 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from linearsr_platform.errors import RecipeErrors, UserError
+from linearsr_platform.recipe.document import parse_document, write_document
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.portable import RECIPE_FILE, write_portable
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
+NUMBER_LIKE = st.from_regex(r"[-+]?[0-9.eE+_:x-]{1,8}", fullmatch=True)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | NUMBER_LIKE
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=8)
 
 
 @pytest.mark.parametrize("name", ["smoke", "quickstart", "search_boundaries"])
 def test_a_recipe_means_the_same_where_it_arrives(name: str, tmp_path: Path) -> None:
-    loaded = load_recipe(str(PIPELINES / f"{name}.yaml"), None, ["storage=/data/runs"])
+    loaded = load_recipe(str(PIPELINES / f"{name}.yaml"), None, ["storage=/data/runs", "data.held_out=['0801', '1e3']"])
     write_portable(loaded, tmp_path, address="auto")
     arrived = load_recipe(str(tmp_path / RECIPE_FILE))
     before, after = loaded.recipe.model_dump(mode="json"), arrived.recipe.model_dump(mode="json")
@@ -31,6 +37,14 @@ def test_settings_that_decide_no_result_travel_too(tmp_path: Path) -> None:
     arrived = load_recipe(str(tmp_path / RECIPE_FILE)).recipe
     assert (arrived.data.cache_gb, arrived.data.cache_folder) == (500, "/nvme/cache")
     assert (arrived.experts.train.loader_workers, arrived.pretrain.loader_workers) == (6, 0)
+
+
+@given(VALUES)
+@example({"held_out": ["0801", "08", "1e3", "no", "2024-01-01", "<<", "", "\x85"]})
+def test_whatever_is_written_is_read_back(value: object) -> None:
+    document = parse_document(write_document(value), "recipe.yaml")
+    assert document.problems == []
+    assert repr(document.value) == repr(value), "also its type"
 
 
 def test_what_means_something_here_alone_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,18 @@ _CoreLoader.add_implicit_resolver(
 )
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes every text that the loader would take for something else: to PyYAML's own, `0801` is no number and needs no quotes."""
+
+    yaml_implicit_resolvers = _CoreLoader.yaml_implicit_resolvers
+
+
+def write_document(value: object) -> str:
+    """Write plain values as YAML that `parse_document` reads back as they are."""
+    # With what is not ASCII escaped: PyYAML folds the line breaks of Unicode away where it writes them as they are.
+    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False)
+
+
 @dataclass
 class Document:
     """A parsed document."""

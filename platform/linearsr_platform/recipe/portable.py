@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel
 
 from linearsr_platform import storage
 from linearsr_platform.errors import RecipeErrors, RecipeProblem
+from linearsr_platform.recipe.document import write_document
 from linearsr_platform.recipe.load import LoadedRecipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -44,7 +44,7 @@ def write_portable(loaded: LoadedRecipe, folder: Path, *, address: str) -> None:
         if source["table"] is not None:
             source["table"] = names[str(source["table"])]
     settings["data"] = {**data, "sources": sources}
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(write_document(settings), encoding="utf-8")
 
 
 def _with_excluded(model: BaseModel, plain: Mapping[str, object]) -> dict[str, object]:
