@@ -3,7 +3,9 @@
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from PIL import Image
 from linearsr.experts import bisect_boundaries, noise_level
 from linearsr.noise_profile import NoiseProfile
 from linearsr.partition import Proposal
+from linearsr_platform import storage
 from linearsr_platform.recipe.schema import ExpertsSection
 from linearsr_platform.report.search_model import Comparison, SearchReport, TrialRow, conclusions, ranked, score_text
 from linearsr_platform.report.search_page import render_search
 from linearsr_platform.report.search_plots import plot_axis, plot_profile
+from linearsr_platform.stages import search
 
 VERMILION = (213, 94, 0)  # The best trial, the least-conflict cuts.
 MIDDLE = (0.2, 0.5, 0.8)
@@ -195,6 +199,20 @@ def test_where_nothing_was_gained_the_page_offers_the_paper_s_boundaries():
     html = render_search(report(comparisons=(comparison("best found"), comparison("paper", 0.0, "no difference"))), {})
     assert "score as well within noise" in html
     assert "boundaries: bisection" in html
+
+
+def test_a_remote_search_is_kept_in_mlflow_without_fetching_its_experts(monkeypatch):
+    monkeypatch.setattr(search, "gather", lambda context, **times: report(comparisons=(comparison("best found"),)))
+    monkeypatch.setattr(search, "profile_of", lambda context: profile())
+    folder, kept = "memory://search-report/mine", {}
+    storage.write_bytes(f"{folder}/{search.trials.EXPERTS_FOLDER}/expert-1/weights.safetensors", b"large")
+
+    def keep(file):
+        kept[file.name] = [path.name for path in file.parent.rglob("*")]
+
+    context = SimpleNamespace(run_url=folder, pipeline_run=SimpleNamespace(log_artifact=keep))
+    search.write(context, started=datetime.now(UTC), seconds=1.0)
+    assert kept == {name: [name] for name in ("axis.png", "profile.png", "search.json", "search.html", "boundaries.yaml")}
 
 
 def pixels(path):

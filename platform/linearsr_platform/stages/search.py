@@ -104,9 +104,10 @@ def write(context: RunContext, *, started: datetime, seconds: float) -> SearchRe
     storage.write_json(storage.join(context.run_url, "search.json"), report.to_json())
     storage.write_text(storage.join(context.run_url, "search.html"), html)
     storage.write_text(storage.join(context.run_url, BOUNDARIES_FILE), fragment)
-    with storage.local_path(context.run_url) as local:
-        for name in ("axis.png", "profile.png", "search.json", "search.html", BOUNDARIES_FILE):
-            context.pipeline_run.log_artifact(local / name)
+    for name in ("axis.png", "profile.png", "search.json", "search.html", BOUNDARIES_FILE):
+        # One by one: the folder also holds every trained expert.
+        with storage.local_path(storage.join(context.run_url, name)) as file:
+            context.pipeline_run.log_artifact(file)
     return report
 
 
