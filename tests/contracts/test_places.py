@@ -9,7 +9,7 @@ import pytest
 
 from linearsr_platform.recipe.identity import PLACES, changes
 from linearsr_platform.recipe.load import LoadedRecipe, load_recipe
-from linearsr_platform.stages import pipeline, search
+from linearsr_platform.stages import pipeline, search, trials
 from linearsr_platform.stages.context import RunContext
 from linearsr_platform.stages.ledger import Ledger, RungResult
 
@@ -68,7 +68,8 @@ def test_every_place_is_tried() -> None:
 
 
 @pytest.mark.parametrize("changed", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_a_place_is_in_no_key(changed: list[str], world: Path) -> None:
+def test_a_place_is_in_no_key(changed: list[str], world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "origin_of", lambda context: {})
     path, settings = str(world / "smoke.yaml"), ["tracking.model_name=linearsr-smoke"]
     before, after = load_recipe(path, None, settings), load_recipe(path, None, [*settings, *changed])
     assert before.recipe != after.recipe

@@ -36,6 +36,8 @@ class ExpertStore:
     """An expert's job without name, interval, steps, seed and folder; trained by one worker."""
     url: str
     """Folder of all trained experts, each under the hash of everything that decides its weights."""
+    origin: Mapping[str, str]
+    """Hashes of the data and of the weights that experts start from: the template names places, where others may be later."""
 
     def job(self, interval: tuple[float, float], *, steps: int, seed: int) -> TrainJob:
         """Describe the training of one expert; the same arguments give the same name and folder."""
@@ -44,7 +46,7 @@ class ExpertStore:
         task_config: Any = self.template.task_config
         job = replace(self.template, train=train, task_config=replace(task_config, interval=interval), seed=seed)
         content = TypeAdapter(TrainJob).dump_python(job, mode="json", exclude={"name", "output_url"})
-        name = f"expert-{stable_hash(content)[:16]}"
+        name = f"expert-{stable_hash({**content, 'train': train.decisive(), 'origin': dict(self.origin)})[:16]}"
         return replace(job, name=name, output_url=storage.join(self.url, name))
 
 

@@ -16,6 +16,7 @@ from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measu
 from linearsr_platform.cluster.sweep import run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
+from linearsr_platform.data.manifest import file_hash
 from linearsr_platform.errors import StageError
 from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.recipe.train_schema import TrainConfig
@@ -23,6 +24,7 @@ from linearsr_platform.report.search_model import TrialRow, ranked
 from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
 from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of
 from linearsr_platform.stages.ledger import Ledger
+from linearsr_platform.stages.prepare import manifest_of
 from linearsr_platform.stages.profile import profile_of, section_of, trial_share
 from linearsr_platform.stages.sweep_log import SweepLog
 from linearsr_platform.tracking.runs import TrackedRun
@@ -39,7 +41,16 @@ def settings(context: RunContext) -> object:
     left_out = ("parent", "trials", "max_concurrent", "profile", "finalists")
     search = {name: value for name, value in dump["search"].items() if name not in left_out}
     training = {"train": context.recipe.experts.train.decisive(), "overlap": dump["experts"]["overlap_log_snr"]}
-    return {"search": search, **training, "sampler": dump["sampler"], "scoring": VERSION}
+    return {"search": search, **training, "sampler": dump["sampler"], "scoring": VERSION, "origin": origin_of(context)}
+
+
+def origin_of(context: RunContext) -> dict[str, str]:
+    """Return hashes of the data and of the network that all experts start from.
+
+    Their stages keep key and folder when they are done again, `--from prepare` or by the parent, and may come to something else.
+    """
+    weights = knee_weights(context.results["pretrain"].data["trainers"], "pretrain")
+    return {"data": manifest_of(context).digest, "init_weights": file_hash(weights)}
 
 
 def suffices(context: RunContext, found: StageResult) -> bool:
@@ -173,7 +184,11 @@ def trial_plan(context: RunContext) -> TrialPlan:
     sampler = replace(recipe.sampler, num_steps=section.score.steps, times=None)
     task: Any = template.task_config
     return TrialPlan(
-        store=ExpertStore(template=replace(template, validation=validation), url=storage.join(context.run_url, EXPERTS_FOLDER)),
+        store=ExpertStore(
+            template=replace(template, validation=validation),
+            url=storage.join(context.run_url, EXPERTS_FOLDER),
+            origin=origin_of(context),
+        ),
         scoring=Scoring(task=task, sampler=sampler, section=section.score, shards=template.validation_shards),
         grid=grid_of(context),
         overlap_log_snr=recipe.experts.overlap_log_snr,
