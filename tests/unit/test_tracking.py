@@ -86,8 +86,24 @@ def test_a_second_tracker_finds_the_experiment_and_resumes_a_run(tracker: Tracke
     with again.resume(first.run_id) as run:
         assert again.client.get_run(run.run_id).info.status == "RUNNING"
     assert again.client.get_run(first.run_id).info.status == "FINISHED"
-    with pytest.raises(UserError, match="'no-such-run'"):
-        again.resume("no-such-run")
+
+
+def test_a_run_that_is_gone_is_not_resumed_and_one_that_cannot_be_is_told(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tracker.start_pipeline("quick")
+    assert tracker.resume("no-such-run") is None
+    monkeypatch.setattr(tracker.client, "update_run", refuse)
+    with pytest.raises(StageError, match=f"opening run {run.run_id} again failed: nobody may"):
+        tracker.resume(run.run_id)
+    monkeypatch.undo()
+    tracker.client.delete_run(run.run_id)
+    assert tracker.resume(run.run_id) is None
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    raise MlflowException("nobody may", PERMISSION_DENIED)
 
 
 def test_metrics_are_written_in_batches_with_their_steps_and_times(tracker: Tracker, now_s: list[float]) -> None:

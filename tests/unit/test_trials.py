@@ -1,6 +1,8 @@
-"""What the experts of a search are found again by: what they were made from, not where that was."""
+"""How a search goes on: with experts of the same origin, wherever that is, and where its MLflow runs are gone."""
 
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from prepared_photos import config, fill, run
 
+from linearsr.partition import CutGrid
+from linearsr_platform.cli.execute import open_context
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.stages import trials
 from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.ledger import Ledger
+from linearsr_platform.stages.sweep_log import SweepLog
 
 
 def test_experts_of_other_weights_or_data_in_the_same_place_are_others(tmp_path: Path, root: Path) -> None:
@@ -50,3 +56,21 @@ def test_experts_of_other_weights_or_data_in_the_same_place_are_others(tmp_path:
     for names in zip(first[0], second[0], third[0], strict=True):
         assert len(set(names)) == 3
     assert first[1] != second[1] != third[1]
+
+
+def test_a_search_whose_mlflow_runs_are_gone_goes_on_in_new_ones(tmp_path: Path, root: Path) -> None:
+    """As under another tracking.uri, or after somebody has deleted the run of an interrupted search."""
+    told: list[str] = []
+    display: Any = SimpleNamespace(message=told.append, trials=lambda *args, **kwargs: None)
+    loaded, gone = load_recipe(str(root / "pipelines/search_boundaries.yaml"), None, [f"storage={tmp_path}"]), "0" * 32
+    with ExitStack() as closing:
+        context = open_context(loaded, display, closing, verbose=False, run_id=gone, kind="search")
+        assert context.pipeline_run.run_id != gone
+        assert gone in told[0]
+        ledger, config = Ledger(str(tmp_path / "ledger")), {"experts": 1}
+        before = ledger.begin(config, (), "search")
+        ledger.put(replace(before, run_id=gone))
+        plan: Any = SimpleNamespace(grid=CutGrid(), rungs=(1,))
+        SweepLog(context, ledger, plan, [], 1).on_start("a", config)
+        run = context.tracker.client.get_run(str(ledger.records[before.name].run_id))
+    assert (run.info.run_name, run.data.tags["mlflow.parentRunId"]) == (before.name, context.pipeline_run.run_id)

@@ -51,7 +51,7 @@ def execute(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbos
 
 
 def execute_search(loaded: LoadedRecipe, *, redo_from: str | None, update: bool, verbose: bool) -> None:
-    """Run all stages of a search, write its report and show the ranking. An interrupted search goes on in the same MLflow run."""
+    """Run all stages of a search, write its report and show the ranking. An interrupted one goes on in its MLflow run if that is there."""
     quiet_libraries(verbose=verbose)
     bring_secrets_of(loaded)
     _check_identity(loaded, "search", update=update)
@@ -109,12 +109,12 @@ def open_context(
     run_id: str | None = None,
     kind: RunKind = "run",
 ) -> "RunContext":
-    """Connect tracking and prepare, without starting it, the cluster; `run_id` is a pipeline's run to go on with."""
+    """Connect tracking and prepare, without starting it, the cluster; `run_id` is a run to go on with if it is there."""
     from linearsr_platform.cluster.session import cluster_session
     from linearsr_platform.stages.context import RunContext
     from linearsr_platform.tracking.journal import outbox_folder
     from linearsr_platform.tracking.runs import Tracker
-    from linearsr_platform.tracking.store import default_artifact_root, default_uri
+    from linearsr_platform.tracking.store import default_artifact_root, default_uri, without_password
 
     recipe = loaded.recipe
     root = storage.absolute(recipe.storage)
@@ -127,12 +127,14 @@ def open_context(
             tell=display.message,
         )
     )
-    if run_id is None:
+    pipeline_run = None if run_id is None else tracker.resume(run_id)
+    if pipeline_run is None:
+        if run_id is not None:
+            # Deleted, or in the store of another tracking.uri.
+            display.message(f"MLflow at {without_password(tracker.uri)} has no run {run_id} any more; going on in a new one")
         identity = {"recipe_hash": loaded.hash, "recipe_identity": recipe_identity(loaded.resolved, kind), "run_kind": kind}
         tags = {**identity, "code_version": version("linearsr"), "folder": storage.join(root, recipe.name)}
         pipeline_run = tracker.start_pipeline(recipe.name, tags=tags, params=loaded.resolved)
-    else:
-        pipeline_run = tracker.resume(run_id)
     pipeline_run.log_dict(loaded.resolved, "recipe.json")
     opened = False
 

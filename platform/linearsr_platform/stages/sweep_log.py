@@ -115,10 +115,10 @@ class SweepLog:
         self.show()
 
     def _run(self, record: TrialRecord) -> TrackedRun:
-        """Return the trial's MLflow run: its own from before an interruption, or a new one."""
+        """Return the trial's MLflow run: its own from before an interruption, or a new one, also where its own is gone."""
         tracker, parent = self._context.tracker, self._context.pipeline_run.run_id
-        if record.run_id is not None:
-            return tracker.resume(record.run_id)
+        if record.run_id is not None and (own := tracker.resume(record.run_id)) is not None:
+            return own
         params = {"boundaries": list(record.boundaries), "experts": len(record.boundaries) + 1, "origin": record.origin}
         found = tracker.find_stage_run(parent, record.name)
         return tracker.stage_run(parent, record.name, params=params) if found is None else found

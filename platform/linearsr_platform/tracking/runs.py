@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from linearsr.guard import Trip
 from linearsr_platform.errors import UserError
-from linearsr_platform.tracking.failures import first_line, is_transient
+from linearsr_platform.tracking.failures import is_transient
 from linearsr_platform.tracking.journal import Journal
 from linearsr_platform.tracking.operations import MetricPoint, Operation, send
 from linearsr_platform.tracking.outbox import Outbox, Patience
@@ -286,24 +286,33 @@ class Tracker:
         found = self._find(f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.stage = '{stage}'", f"looking for run {stage!r}")
         return TrackedRun(self._outbox, found, clock=self._clock) if found else None
 
-    def resume(self, run_id: str) -> TrackedRun:
-        """Open an existing run again; it counts as running until it is finished.
+    def resume(self, run_id: str) -> TrackedRun | None:
+        """Open an existing run again; it counts as running until it is finished. None if the store has none, or it was deleted."""
+        found = self._outbox.ask(f"opening run {run_id} again", lambda: self._open_again(run_id))
+        return TrackedRun(self._outbox, run_id, clock=self._clock) if found else None
 
-        Raises:
-            UserError: if there is no such run.
-        """
-        self._outbox.ask(f"opening run {run_id} again", lambda: self._open_again(run_id))
-        return TrackedRun(self._outbox, run_id, clock=self._clock)
-
-    def _open_again(self, run_id: str) -> None:
+    def _open_again(self, run_id: str) -> bool:
+        """Mark a run as running; False if there is none to be marked."""
         from mlflow.exceptions import MlflowException
 
         try:
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
-            if is_transient(error):
+            if is_transient(error) or self._has(run_id):
                 raise
-            raise UserError(f"run: got {run_id!r}; expected the id of a run in {self.uri}; fix: {first_line(error)}") from error
+            return False
+        return True
+
+    def _has(self, run_id: str) -> bool:
+        """Tell whether the store has a run that was not deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.get_run(run_id).info.lifecycle_stage) == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _start(self, name: str, tags: Mapping[str, object], params: Mapping[str, object]) -> TrackedRun:
         """Create a run with tags and parameters."""
