@@ -26,8 +26,9 @@ FRESH_S = 60.0
 class PromotionDecision:
     """What came of asking for a promotion, and on which numbers."""
 
-    state: Literal["promoted", "champion already", "refused", "too late"]
-    """`too late`: every rule held, but another version became champion in between, or before the alias had moved."""
+    state: Literal["promoted", "champion already", "refused", "too late", "replaced"]
+    """`too late`: every rule held, but another version became champion in between, or before the alias had moved. `replaced`: it was
+    champion, is no more, and was not judged again."""
     reason: str
     """One sentence with the numbers."""
     challenger_version: int

@@ -36,8 +36,8 @@ STAGES: dict[str, Stage] = {
     "finetune": Stage(("prepare", "pretrain", "experts"), finetune.settings, finetune.run),
     "assemble": Stage(TRAINED, assemble.settings, assemble.run),
     "evaluate": Stage(("prepare", "assemble"), evaluate.settings, evaluate.run),
-    "register": Stage(("assemble", "evaluate"), register.settings, register.run),
-    "promote": Stage(("register",), promote.settings, promote.run),
+    "register": Stage(("assemble", "evaluate"), register.settings, register.run, register.suffices),
+    "promote": Stage(("register",), promote.settings, promote.run, promote.suffices),
 }
 """Every stage, in order."""
 

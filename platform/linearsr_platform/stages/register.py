@@ -1,10 +1,12 @@
 """Stage `register`: the bundle becomes a version of a registered model, alias `challenger`."""
 
 from linearsr_platform import storage
+from linearsr_platform.errors import UserError
 from linearsr_platform.registry.evaluation import Evaluation
+from linearsr_platform.registry.models import CHALLENGER, find_version
 from linearsr_platform.registry.register import register
 from linearsr_platform.stages.assemble import bundle_url
-from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
 from linearsr_platform.tracking.runs import TrackedRun
 
 
@@ -12,6 +14,15 @@ def settings(context: RunContext) -> object:
     """Return where it is registered, under which name, and the gate it is meant for."""
     gate = context.recipe.gate.model_dump(mode="json")
     return {"name": context.recipe.model_name, "uri": context.tracker.uri, "gate": gate}
+
+
+def suffices(context: RunContext, found: StageResult) -> bool:
+    """Tell whether the version is still there and the challenger: others write to the registry too."""
+    try:
+        version = find_version(context.tracker.client, found.data["name"], int(found.data["version"]))
+    except UserError:
+        return False
+    return CHALLENGER in version.aliases
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
