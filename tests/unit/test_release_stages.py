@@ -42,7 +42,7 @@ def name(tmp_path: Path) -> str:
 def go(tmp_path: Path, tracker: Tracker, name: str, root: Path) -> Go:
     """A function that runs the last stages of a run whose bundle is there; returns the status and summary of each."""
     write_bundle(tmp_path, SMALLEST)
-    nobody: Any = SimpleNamespace(stage_started=print, stage_finished=print, stage_skipped=print, stage_failed=print)
+    nobody: Any = SimpleNamespace(stage_started=print, stage_finished=print, stage_skipped=print, stage_failed=print, message=print)
     before: Any = {
         "assemble": SimpleNamespace(key="a", url=str(tmp_path)),
         "evaluate": SimpleNamespace(key="e", data={"tables": {}}),
@@ -68,7 +68,9 @@ def go(tmp_path: Path, tracker: Tracker, name: str, root: Path) -> Go:
     return run
 
 
-def test_a_champion_that_was_replaced_is_told_and_does_not_come_back_by_itself(go: Go, tracker: Tracker, name: str, tmp_path: Path) -> None:
+def test_a_champion_that_was_replaced_is_told_and_does_not_come_back_by_itself(
+    go: Go, tracker: Tracker, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert [status for status, _ in go().values()] == ["done", "done"]
     assert [status for status, _ in go().values()] == ["skipped", "skipped"]
 
@@ -77,12 +79,14 @@ def test_a_champion_that_was_replaced_is_told_and_does_not_come_back_by_itself(g
     register(tracker.client, other, name=name, evaluation=None, run_id=run_id)
     promote(tracker.client, name, section=PromoteSection(rules=()), by="ada")
     assert aliases_of(tracker.client, name) == {"challenger": 2, "champion": 2}
+    capsys.readouterr()
     told = go()
-    assert told["register"] == ("done", f"{name} version 1, alias challenger")
+    assert told["register"][0] == "skipped"
+    assert "register: alias challenger is version 2's by now" in capsys.readouterr().out
     said = f"replaced: version 1 was the champion, and version 2 is now; `linearsr models promote {name}/1` asks again"
     assert told["promote"] == ("done", said)
     assert go()["promote"] == ("skipped", said)
-    assert aliases_of(tracker.client, name) == {"challenger": 1, "champion": 2}
+    assert aliases_of(tracker.client, name) == {"challenger": 2, "champion": 2}
 
     rollback(tracker.client, name, by="ada")
     assert go()["promote"] == ("done", f"models:/{name}@champion is version 1: version 1 is the champion already")

@@ -36,7 +36,7 @@ STAGES: dict[str, Stage] = {
     "finetune": Stage(("prepare", "pretrain", "experts"), finetune.settings, finetune.run),
     "assemble": Stage(TRAINED, assemble.settings, assemble.run),
     "evaluate": Stage(("prepare", "assemble"), evaluate.settings, evaluate.run),
-    "register": Stage(("assemble", "evaluate"), register.settings, register.run, register.suffices),
+    "register": Stage(("assemble", "evaluate"), register.settings, register.run, register.suffices, register.remark),
     "promote": Stage(("register",), promote.settings, promote.run, promote.suffices),
 }
 """Every stage, in order."""

@@ -3,7 +3,7 @@
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 from linearsr_platform.registry.evaluation import Evaluation
-from linearsr_platform.registry.models import CHALLENGER, find_version
+from linearsr_platform.registry.models import CHALLENGER, aliases_of, find_version
 from linearsr_platform.registry.register import register
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
@@ -17,12 +17,18 @@ def settings(context: RunContext) -> object:
 
 
 def suffices(context: RunContext, found: StageResult) -> bool:
-    """Tell whether the version is still there and the challenger: others write to the registry too."""
+    """Tell whether the version is still there: others write to the registry too."""
     try:
-        version = find_version(context.tracker.client, found.data["name"], int(found.data["version"]))
+        find_version(context.tracker.client, found.data["name"], int(found.data["version"]))
     except UserError:
         return False
-    return CHALLENGER in version.aliases
+    return True
+
+
+def remark(context: RunContext, found: StageResult) -> str:
+    """Say which version is the challenger, if that is another one by now: who registered it later wants it to stay."""
+    challenger = aliases_of(context.tracker.client, found.data["name"]).get(CHALLENGER)
+    return "" if challenger == int(found.data["version"]) else f"alias {CHALLENGER} is version {challenger}'s by now"
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
