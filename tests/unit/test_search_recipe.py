@@ -1,12 +1,15 @@
 """Recipes of searches: what they extend, what a search found, and what is refused before anything starts."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from linearsr_platform.cluster.capacity import Room, Share, trials_at_once
 from linearsr_platform.errors import RecipeErrors, UserError
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.stages import search
+from linearsr_platform.stages.context import RecipeContext
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 SEARCH = str(PIPELINES / "search_boundaries.yaml")
@@ -92,3 +95,21 @@ def test_trials_at_once_are_counted_from_the_cluster_and_one_too_many_is_refused
         UserError, match=r"a trial, which takes 5 CPUs on one machine .* machines have 4 CPUs and 1 GPUs, 2 CPUs; .* fix: lower"
     ):
         trials_at_once(Share(cpus=5), Room(nodes=machines), wanted=None)
+
+
+def test_a_search_starts_on_a_cluster_that_grows_from_nothing_and_not_on_a_local_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nothing = Room(nodes=(Share(cpus=0),))
+    monkeypatch.setattr(search, "room_of", lambda cluster: nothing)
+
+    def check(*overrides: str) -> None:
+        loaded = load_recipe(SEARCH, None, overrides)
+        context: Any = RecipeContext(loaded=loaded, storage_url=str(tmp_path), display=cast("Any", None), open_cluster=lambda: None)
+        search.check_room(context)
+
+    check("cluster.address=head:6379")
+    with pytest.raises(UserError, match="got no room for a trial"):
+        check()
+    assert trials_at_once(Share(cpus=1, gpus=1), nothing, wanted=None, may_grow=True) == 1
+    assert trials_at_once(Share(cpus=2), Room(nodes=(Share(cpus=8),)), wanted=3, may_grow=True) == 3

@@ -70,14 +70,22 @@ def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
             )
 
 
-def trials_at_once(share: Share, room: Room, *, wanted: int | None) -> int:
+def trials_at_once(share: Share, room: Room, *, wanted: int | None, may_grow: bool = False) -> int:
     """Return how many trials of a search run at once: what there is room for, and at most `wanted`. A trial is one process.
+
+    Args:
+        share: of a trial.
+        room: of the cluster.
+        wanted: at most; None for no limit.
+        may_grow: whether one runs in any case: it waits for the machine that it makes an autoscaler start.
 
     Raises:
         UserError: with the arithmetic, if not even one has room.
     """
     by_memory = room.memory_bytes // WORKER_BYTES if room.memory_bytes is not None else None
     most = room.workers(share) if by_memory is None else min(room.workers(share), int(by_memory))
+    if most < 1 and may_grow:
+        return 1
     if most < 1:
         machines = ", ".join(str(node) for node in room.nodes)
         memory = "" if room.memory_bytes is None else f" and {room.memory_bytes / 1e9:.1f} GB of memory"

@@ -55,14 +55,14 @@ def check_room(context: RunContext) -> None:
     """Refuse a search that could never be scheduled, before anything is prepared or trained for it.
 
     Raises:
-        UserError: with the arithmetic, if a trial, or a trainer on a local cluster, needs more than the cluster has.
+        UserError: with the arithmetic, if a trial or a trainer needs more than a local cluster has.
     """
     recipe = context.recipe
     context.open_cluster()
     room, share = room_of(recipe.cluster), trial_share(context)
-    trials_at_once(share, room, wanted=None)
-    # A running cluster may grow, so there trainers wait; see `fit_all`.
+    # A running cluster may grow, so there trials and trainers wait; see `fit_all`.
     if recipe.cluster.address is None:
+        trials_at_once(share, room, wanted=None)
         if "pretrain" not in context.results:
             require_room({"pretrain": recipe.pretrain.workers}, share, room)
         # Finalists have one worker each, with the share of an expert's worker.

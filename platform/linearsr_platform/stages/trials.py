@@ -64,8 +64,8 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     proposals = proposals_of(context)
     mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
     context.open_cluster()
-    share = trial_share(context)
-    concurrent = trials_at_once(share, room_of(context.recipe.cluster), wanted=section.max_concurrent)
+    share, cluster = trial_share(context), context.recipe.cluster
+    concurrent = trials_at_once(share, room_of(cluster), wanted=section.max_concurrent, may_grow=cluster.address is not None)
     plan = replace(plan, baseline=_baseline(context, plan, url))
     tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
     log = SweepLog(context, ledger, plan, proposals, concurrent)
