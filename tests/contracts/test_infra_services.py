@@ -131,6 +131,12 @@ def test_nodes_of_a_cloud_hold_workers_of_the_cluster_profile(root: Path, name: 
     assert workers >= (len(recipe.experts.resolved_boundaries) + 1) * recipe.experts.train.workers
 
 
+def test_the_head_on_aws_has_a_role_of_its_own_that_may_pass_on_the_workers(root: Path) -> None:
+    kinds = _load(root / "infra/launcher/aws.yaml")["available_node_types"]
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in kinds.items()}
+    assert len(set(profiles.values())) == len(kinds), "Ray's own role for a head may not pass on a worker's"
+
+
 def test_every_expression_parses_and_names_metrics_that_exist(
     dashboards: dict[str, Document], rules: list[Document], metrics_of_ray: set[str], subtests: pytest.Subtests
 ) -> None:
