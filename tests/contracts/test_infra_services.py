@@ -122,6 +122,26 @@ def test_commands_of_a_launcher_file_are_rays_and_keep_authentication_on(root: P
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
 
 
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_a_second_launch_installs_the_newest_wheel_even_over_the_same_version(root: Path, tmp_path: Path, name: str) -> None:
+    pip = tmp_path / "venv/bin/pip"
+    pip.parent.mkdir(parents=True)
+    pip.write_text('#!/bin/sh\nfor word; do printf "%s " "$word"; done\necho\n')
+    pip.chmod(0o755)
+    for modified_s, version in ((2, "0.2.0"), (1, "0.10.0")):
+        wheel = tmp_path / f"linearsr-wheel/linearsr-{version}-py3-none-any.whl"
+        wheel.parent.mkdir(exist_ok=True)
+        wheel.touch()
+        os.utime(wheel, (modified_s, modified_s))
+    commands = [one for one in _load(root / f"infra/launcher/{name}.yaml")["setup_commands"] if "/pip install" in one]
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-c", " && ".join(commands)], check=True, capture_output=True, text=True, env=environment)
+    wheels = [[word for word in line.split() if ".whl" in word] for line in done.stdout.splitlines()]
+    assert {found.partition("[")[0] for (found,) in wheels} == {f"{tmp_path}/linearsr-wheel/linearsr-0.2.0-py3-none-any.whl"}
+    assert any("--force-reinstall --no-deps" in " ".join(sorted(line.split())) for line in done.stdout.splitlines())
+    assert any("[platform," in line for line in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_nodes_of_a_cloud_hold_workers_of_the_cluster_profile(root: Path, name: str) -> None:
     recipe = load_recipe(str(root / "pipelines/quickstart.yaml"), str(root / "pipelines/profiles/cluster.yaml")).recipe
