@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,14 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+import ray
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import CodecConfig
 from linearsr_platform import storage
+from linearsr_platform.cluster import preparing
 from linearsr_platform.cluster.preparing import RayExecutor
 from linearsr_platform.data.executor import SerialExecutor
 from linearsr_platform.data.extras import LatentMaker
@@ -130,6 +133,26 @@ def test_a_lost_task_is_done_again_and_errors_say_what_they_are_about(cluster: o
         list(RayExecutor().map_unordered(fail, [piece("mistake")]))
     with pytest.raises(StageError, match=r"^fault: ZeroDivisionError: by zero"):
         list(RayExecutor().map_unordered(fail, [piece("fault"), piece("1")]))
+
+
+def meet(piece: Piece) -> bool:
+    """Tell whether another piece is under way at the same time."""
+    Path(piece.folder, piece.name).touch()
+    end = time.monotonic() + 20
+    while not (met := len(os.listdir(piece.folder)) > 1) and time.monotonic() < end:
+        time.sleep(0.05)
+    return met
+
+
+def test_machines_that_come_later_get_work_while_the_first_are_busy(
+    cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "IN_FLIGHT", 1)
+    monkeypatch.setattr(preparing, "LOOK_S", 0.2)
+    resources = iter([{}, {"CPU": 1.0}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: next(resources, {"CPU": 2.0}))
+    pieces = [Piece(name, str(tmp_path)) for name in ("first", "second")]
+    assert dict(RayExecutor().map_unordered(meet, pieces)) == {0: True, 1: True}
 
 
 class Told:

@@ -1,5 +1,6 @@
 """The pieces of `prepare` as Ray tasks."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from linearsr_platform.errors import StageError, UserError
 
 IN_FLIGHT = 2
 """Tasks a CPU of the cluster that are under way or wait: none idles, and what waits for the driver stays small."""
+LOOK_S = 5.0
+"""Between two looks at how many CPUs the cluster has."""
 RETRIES = 5
 """Times that a task is done again whose worker or machine was lost."""
 
@@ -34,22 +37,31 @@ class RayExecutor:
         more: dict[str, Any] = {"runtime_env": {"env_vars": self._environment}} if self._environment else {}
         work: Any = ray.remote(num_cpus=1, max_retries=RETRIES, **more)(_apply)
         shared = ray.put(function)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        limit = IN_FLIGHT * max(int(resources.get("CPU", 1)), 1)
         waiting = iter(range(len(pieces)))
         under_way: dict[ray.ObjectRef[R], int] = {}
+        limit, next_look_s = 0, float("-inf")
         try:
             while True:
+                if time.monotonic() >= next_look_s:
+                    # Again and again: what waits makes a cluster grow, which may have no CPUs to begin with.
+                    limit, next_look_s = IN_FLIGHT * _cpus(), time.monotonic() + LOOK_S
                 while len(under_way) < limit and (position := next(waiting, None)) is not None:
                     under_way[work.remote(shared, pieces[position])] = position
                 if not under_way:
                     return
-                ready, _ = ray.wait(list(under_way), num_returns=1)
-                position = under_way.pop(ready[0])
-                yield position, _result(ready[0], pieces[position].name)
+                ready, _ = ray.wait(list(under_way), num_returns=1, timeout=LOOK_S)
+                for reference in ready:
+                    position = under_way.pop(reference)
+                    yield position, _result(reference, pieces[position].name)
         finally:
             for reference in under_way:
                 ray.cancel(reference)
+
+
+def _cpus() -> int:
+    """Return the CPUs that the cluster has now, at least one."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(int(resources.get("CPU", 1)), 1)
 
 
 def _apply(function: Callable[[P], R], piece: P) -> R:
