@@ -156,3 +156,17 @@ def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None
     assert (unset.exit_code, "cluster.secrets.AWS_SECRET_ACCESS_KEY: got 'env:LINEARSR_IS_NOT_SET'" in unset.output) == (2, True)
     impossible = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.machines=[{cpus: 1}]"])
     assert impossible.exit_code == 1
+
+
+@pytest.mark.parametrize("missing", ["secret", "bucket"])
+def test_a_plan_is_made_before_there_are_secrets_and_a_bucket(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str, pattern: str = "*") -> list[str]:
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr("linearsr_platform.storage.list_files", refuse)
+    secret = ["--set", "cluster.secrets.AWS_SECRET_ACCESS_KEY=env:LINEARSR_IS_NOT_SET"] if missing == "secret" else []
+    settings = ["--set", "storage=s3://not-yet/runs", "--set", "cluster.machines=[{cpus: 4}]", "--rate", "experts=9", "--json", *secret]
+    done = CliRunner().invoke(app, ["plan", QUICKSTART, *settings])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["training"][1]["source"] == "given"
+    assert "earlier runs under s3://not-yet/runs were not looked at: " in done.stderr

@@ -11,7 +11,11 @@ from linearsr_platform.cli.options import Overrides, Profile, RecipePath, Verbos
 from linearsr_platform.errors import StageError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from linearsr_platform.recipe.load import LoadedRecipe
     from linearsr_platform.recipe.schema import ClusterConfig, MachineConfig
+    from linearsr_platform.stages.pace import Pace
     from linearsr_platform.stages.plan import RunPlan, TrainingPlan
 
 TRAINING = ("pretrain", "experts", "finetune")
@@ -30,17 +34,14 @@ def plan(
 ) -> None:
     """Say what a recipe takes: room, memory of a worker, disk, time, money. Exit code 1 if it can never run, with the arithmetic."""
     from linearsr_platform.cli.environment import quiet_libraries
-    from linearsr_platform.cli.execute import bring_secrets_of
     from linearsr_platform.recipe.load import load_recipe
 
     quiet_libraries(verbose=verbose)
     loaded = load_recipe(recipe, profile, overrides or [])
-    bring_secrets_of(loaded)
-    from linearsr_platform.stages.pace import paces
     from linearsr_platform.stages.plan import plan_run
 
     machines = _machines(loaded.recipe.cluster)
-    planned = plan_run(loaded.recipe, machines, paces(loaded.recipe, _rates(rate or [])), folder=loaded.folder)
+    planned = plan_run(loaded.recipe, machines, _paces(loaded, _rates(rate or [])), folder=loaded.folder)
     if as_json:
         derived = {"seconds": planned.seconds, "price": planned.price, "disk_bytes": planned.disk_bytes}
         kinds = [machine.model_dump(mode="json") for machine in machines]
@@ -49,6 +50,22 @@ def plan(
         _show(planned, gpu=loaded.recipe.cluster.gpus_per_worker > 0)
     if planned.problems:
         raise StageError("; ".join(planned.problems))
+
+
+def _paces(loaded: "LoadedRecipe", given: "Mapping[str, float]") -> "dict[str, Pace]":
+    """Return how fast stages are; where storage cannot be asked, only as far as that was given: a plan comes before cluster and bucket."""
+    from linearsr_platform import storage
+    from linearsr_platform.cli.execute import bring_secrets_of
+    from linearsr_platform.stages.pace import paces
+
+    try:
+        bring_secrets_of(loaded)
+        return paces(loaded.recipe, given)
+    except (OSError, UserError) as error:
+        if storage.is_local(loaded.recipe.storage):
+            raise
+        typer.echo(f"earlier runs under {storage.shown(loaded.recipe.storage)} were not looked at: {error}", err=True)
+        return paces(loaded.recipe, given, earlier=False)
 
 
 def _rates(texts: list[str]) -> dict[str, float]:

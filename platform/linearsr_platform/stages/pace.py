@@ -37,16 +37,17 @@ def start_seconds(trainers: int, workers: int, cpus: float) -> float:
     return RAY_START_S + trainers * (TRAINER_CPU_S + workers * WORKER_CPU_S) / max(1.0, cpus)
 
 
-def paces(recipe: Recipe, given: Mapping[str, float]) -> dict[str, Pace]:
+def paces(recipe: Recipe, given: Mapping[str, float], *, earlier: bool = True) -> dict[str, Pace]:
     """Return the pace of each stage that is known, by name.
 
     Args:
         recipe: its run's folder is looked into.
         given: crops a second of one trainer by stage; go before what was measured.
+        earlier: whether to look there; without, what is given is all that is known.
     """
     run_url = storage.join(storage.absolute(recipe.storage), recipe.name)
     found: dict[str, Pace] = {}
-    for result in _results(run_url):
+    for result in _results(run_url) if earlier else []:
         outcomes = {name: TrainOutcome.from_json(value) for name, value in result.data.get("trainers", {}).items()}
         if outcomes:
             found[result.stage] = _measured(outcomes, _training(recipe, result.stage))
