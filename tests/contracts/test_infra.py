@@ -302,6 +302,9 @@ def test_the_queue_has_room_for_the_job(objects: list[Document]) -> None:
     (group,) = queue["spec"]["resourceGroups"]
     quotas = {flavor["name"]: {one["name"]: _amount(one["nominalQuota"]) for one in flavor["resources"]} for flavor in group["flavors"]}
     assert set(quotas) == {one["metadata"]["name"] for one in objects if one["kind"] == "ResourceFlavor"}
+    # The quota is given on when the run ends, the nodes when its pods go.
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert job["spec"]["ttlSecondsAfterFinished"] <= 60
     for resource in ("cpu", "memory", "nvidia.com/gpu"):
         assert _need(head, resource) <= quotas["linearsr-cpu"][resource]
         assert gpu["replicas"] * _need(gpu["template"], resource) <= quotas["linearsr-gpu"][resource]
