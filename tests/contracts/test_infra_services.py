@@ -22,6 +22,8 @@ from linearsr_platform.cluster.gauges import METRICS
 from linearsr_platform.recipe.load import load_recipe
 
 COMPOSE = ["mlflow", "monitoring"]
+DRIVER = 580
+"""Oldest driver for CUDA 13, which the wheel of torch on PyPI is built with. Source: CUDA's release notes."""
 LAUNCHER = ["aws", "gcp", "onpremise"]
 METRIC = re.compile(r"\b(?:ray_\w+|up)\b(?=\{|\)|\[| |$)")
 OURS = {spec.exposed(name): {"run", "job", *spec.labels} for name, spec in METRICS.items()}
@@ -155,6 +157,20 @@ def test_the_head_on_aws_has_a_role_of_its_own_that_may_pass_on_the_workers(root
     kinds = _load(root / "infra/launcher/aws.yaml")["available_node_types"]
     profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in kinds.items()}
     assert len(set(profiles.values())) == len(kinds), "Ray's own role for a head may not pass on a worker's"
+
+
+def test_nodes_on_google_reach_their_bucket_and_have_the_driver_that_torch_needs(root: Path) -> None:
+    config = _load(root / "infra/launcher/gcp.yaml")
+    kinds = config["available_node_types"]
+    # The head's account is made by Ray; a worker without one has no credentials.
+    (account,) = kinds["gpu"]["node_config"]["serviceAccounts"]
+    assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+    assert any("/pip install" in command and "gcsfs" in command.split() for command in config["setup_commands"])
+    for kind in kinds.values():
+        (disk,) = kind["node_config"]["disks"]
+        driver = re.search(r"-nvidia-(\d+)$", disk["initializeParams"]["sourceImage"])
+        assert driver is not None
+        assert int(driver[1]) >= DRIVER
 
 
 def test_every_expression_parses_and_names_metrics_that_exist(
