@@ -310,6 +310,15 @@ def test_the_queue_has_room_for_the_job(objects: list[Document]) -> None:
         assert gpu["replicas"] * _need(gpu["template"], resource) <= quotas["linearsr-gpu"][resource]
 
 
+@pytest.mark.parametrize("name", ["kuberay-operator", "kuberay"], ids=["helm", "kustomize"])
+def test_the_operator_reaches_the_dashboard_however_it_was_installed(objects: list[Document], name: str) -> None:
+    """Labels of its pod in KubeRay's chart and in its config/manager/manager.yaml."""
+    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+    rules = _one(objects, "NetworkPolicy", "ray-from-this-namespace")["spec"]["ingress"]
+    (peer,) = [rule["from"][0] for rule in rules if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
 def test_every_kustomization_names_files_that_are_there(root: Path, infra: dict[str, list[Any]]) -> None:
     found = [(root / path).parent for path in infra if path.endswith("kustomization.yaml")]
     assert len(found) == 4
