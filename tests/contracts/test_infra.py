@@ -329,6 +329,15 @@ def test_every_kustomization_names_files_that_are_there(root: Path, infra: dict[
         assert [name for name in files if not (folder / name).exists()] == []
 
 
+def test_commands_make_a_namespace_before_they_use_it_and_wait_for_a_job_before_they_read_its_log(root: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (root / "infra/README.md").read_text(), re.DOTALL)
+    orders = [("kubectl apply ", "kubectl --namespace "), (" wait --for=", " logs --follow ")]
+    for before, after in orders:
+        both = [block for block in blocks if before in block and after in block]
+        assert both
+        assert [block for block in both if block.index(before) > block.index(after)] == []
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl, which renders without a cluster")
 @pytest.mark.parametrize("folder", ["kuberay", "kueue", "mlflow/kubernetes", "monitoring"])
 def test_a_rendered_kustomization_is_as_valid_as_its_files(folder: str, root: Path) -> None:
