@@ -16,7 +16,7 @@ Variables:
   VERSION      their tag                               (the version in pyproject.toml)
   DOCKER       docker or podman                        (docker)
   TORCH_INDEX  package index with torch's CPU build, for the target cpu; without it cpu gets the CUDA build too
-  EXTRAS       extras of this project in cpu and gpu   (platform,metrics,photos,tags; metrics has a noncommercial licence)
+  EXTRAS       extras of this project in cpu and gpu   (platform,metrics,photos,sana,tags,text; metrics has a noncommercial licence)
   PYTHON_IMAGE the base, for instance with a digest    (the tag in the Dockerfile)
 TEXT
 }

@@ -99,6 +99,16 @@ def test_every_requirement_of_the_images_is_pinned_within_its_bounds(root: Path)
     assert server <= pins.keys()
 
 
+def test_images_and_launched_nodes_have_the_extras_that_recipes_ask_for(root: Path) -> None:
+    (line,) = re.findall(r"^ARG EXTRAS=(\S+)$", (root / "infra/images/Dockerfile").read_text(), re.MULTILINE)
+    told = [re.search(r"the extras (\w+(?:, \w+)* and \w+)", path.read_text()) for path in (root / "pipelines").glob("*.yaml")]
+    asked = {extra for found in told if found is not None for extra in re.split(r", | and ", found[1])}
+    assert asked
+    assert asked <= set(line.split(","))
+    for path in (root / "infra/launcher").glob("*.yaml"):
+        assert f".whl | head -n 1)[{line}]" in path.read_text(), path.name
+
+
 def test_every_extra_that_is_asked_of_others_is_one_of_theirs(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     requirements = [Requirement(one) for extra in project["optional-dependencies"].values() for one in extra]
