@@ -4,11 +4,14 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobType
+from typer.testing import CliRunner
 
+from linearsr_platform.cli.app import app
 from linearsr_platform.cluster import jobs
 from linearsr_platform.cluster.jobs import RUN, Job, JobClient, default_python
 from linearsr_platform.errors import UserError
@@ -77,6 +80,16 @@ def test_a_job_that_printed_nothing_for_long_before_its_connection_was_lost_is_w
     monkeypatch.setattr(jobs, "RECONNECT_S", 0.01)
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.5)
     assert follow(Connection(9, unanswered=2, silent_s=0.6)) == LOG
+
+
+@pytest.mark.parametrize("option", [True, False])
+def test_a_token_file_that_is_no_text_is_named(option: bool, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\x80\xff")
+    arguments = ["list", "--address", "http://127.0.0.1:9", *(["--token-file", str(file)] if option else [])]
+    done = CliRunner(env={"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(file)}).invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"got {str(file)!r}, whose bytes are not UTF-8; expected the token of the cluster" in done.output
 
 
 def test_the_head_decides_which_python_where_its_address_may_be_a_forwarded_port(monkeypatch: pytest.MonkeyPatch) -> None:

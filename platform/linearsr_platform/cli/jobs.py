@@ -224,7 +224,13 @@ def _token(token_file: str | None) -> str | None:
         if token_file is not None:
             raise UserError(f"--token-file: got {token_file!r}; expected a file with the token of the cluster")
         return None
-    return file.read_text(encoding="utf-8").strip()
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        where = "--token-file" if token_file is not None else "token of the cluster"
+        raise UserError(
+            f"{where}: got {str(file)!r}, whose bytes are not UTF-8; expected the token of the cluster; fix: check the path"
+        ) from error
 
 
 def _variables(assignments: list[str]) -> dict[str, str]:
