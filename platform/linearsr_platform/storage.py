@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from uuid import uuid4
 
 from fsspec import AbstractFileSystem
 from fsspec.config import conf
@@ -23,6 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform.errors import UserError
+from linearsr_platform.local import TEMPORARY_MARK, beside
 from linearsr_platform.remote import CutOffError, shown, tried
 from linearsr_platform.scratch import scratch_folder
 
@@ -58,8 +58,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-TEMPORARY_MARK = ".part-"
-"""Part of the name of unfinished files and folders; listings leave them out."""
 S3 = ("s3://", "s3a://")
 S3_TRIES = 2
 """Of s3fs for one call, under those of `remote.tried`."""
@@ -248,7 +246,7 @@ def atomic_file(url: str) -> Iterator[Path]:
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
-        with _beside(Path(path)) as temporary:
+        with beside(Path(path)) as temporary:
             yield temporary
             os.replace(temporary, path)
         return
@@ -266,10 +264,10 @@ def atomic_folder(url: str) -> Iterator[Path]:
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
-        with _beside(Path(path)) as temporary:
+        with beside(Path(path)) as temporary:
             temporary.mkdir()
             yield temporary
-            with _beside(Path(path)) as previous:
+            with beside(Path(path)) as previous:
                 if os.path.exists(path):
                     os.replace(path, previous)
                 os.replace(temporary, path)
@@ -352,20 +350,6 @@ def copy_tree(source: str, target: str) -> None:
                 shutil.copytree(folder, temporary, dirs_exist_ok=True)
         else:
             _upload_tree(folder, target)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path`, so that renaming stays on one disk; clean it up whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}{TEMPORARY_MARK}{uuid4().hex[:8]}{path.suffix}")
-    try:
-        yield temporary
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def _upload_tree(folder: Path, url: str) -> None:

@@ -91,6 +91,12 @@ def test_an_unfinished_file_of_a_killed_process_is_not_listed(tmp_path):
     assert storage.list_files(str(tmp_path)) == [str(tmp_path / "shard.tar")]
 
 
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "ä" * 125 + "x.png", "x" * 255])
+def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path, name):
+    storage.write_bytes(str(tmp_path / name), b"1")
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_copying_a_tree_there_and_back_replaces_what_was_there(root, tmp_path):
     source, back = tmp_path / "source", tmp_path / "back"
     (source / "deep").mkdir(parents=True)

@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
+from linearsr_platform.local import TEMPORARY_MARK
 from linearsr_platform.remote import PASSING_STATUS, CutOffError, Patience, tried
 from linearsr_platform.stages.weights_manifest import sha256_of
 
@@ -60,7 +61,7 @@ def fetch(url: str, target: Path, *, sha256: str = "", on_bytes: OnBytes = lambd
         OSError: if the store or the disk fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}{storage.TEMPORARY_MARK}download")
+    part = target.with_name(f"{target.name}{TEMPORARY_MARK}download")
     if url.startswith(WEB):
         tried(url, lambda: _download(url, part, on_bytes), patience=PATIENCE)
     else:
