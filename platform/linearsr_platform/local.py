@@ -1,14 +1,21 @@
-"""What is special about files on this machine: names of unfinished ones."""
+"""What is special about files on this machine: names of unfinished ones and links to folders."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY_MARK = ".part-"
 """Part of the name of unfinished files and folders; listings leave them out."""
+TEMPORARY = re.compile(r"\.part-([0-9a-f]{8,32}|download)(\.[^./]*)?(/|$)")
+"""Finds the mark in a path as `beside`, downloads and `linearsr` write it: others name finished files so too, `pano.part-1.png`."""
 LONGEST_NAME = 255
 """Bytes of a file's name on most disks."""
 
@@ -28,3 +35,28 @@ def beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: str) -> bool:
+    """Tell whether a file or folder is unfinished, or is in a folder that is."""
+    return TEMPORARY.search(path) is not None
+
+
+def files_below(fs: AbstractFileSystem, path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a file system knows of every file below a folder; a local one also in folders that are links, as `find` does not.
+
+    Args:
+        fs: any file system.
+        path: the folder in it.
+        above: where the links are that led to it, free of links.
+    """
+    infos = dict(fs.find(path, detail=True))
+    if isinstance(fs, LocalFileSystem):
+        for folder, names, _ in os.walk(path):
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in sorted(names))):
+                infos.pop(link, None)
+                way, target = (*above, os.path.realpath(folder)), os.path.realpath(link)
+                # A link to a folder above itself has no end.
+                if not any(os.path.commonpath((one, target)) == target for one in way):
+                    infos |= files_below(fs, link, way)
+    return infos

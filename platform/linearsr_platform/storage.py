@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform.errors import UserError
-from linearsr_platform.local import TEMPORARY_MARK, beside
+from linearsr_platform.local import beside, files_below, is_temporary
 from linearsr_platform.remote import CutOffError, shown, tried
 from linearsr_platform.scratch import scratch_folder
 
@@ -305,9 +305,9 @@ def list_files(url: str, pattern: str = "*") -> list[str]:
     """
     _, path = filesystem(url)
     root = path.rstrip("/")
-    everything: list[str] = call(url, lambda fs, path: list(fs.find(path)))
+    everything: list[str] = call(url, lambda fs, path: list(files_below(fs, path)))
     below = (found[len(root) :].lstrip("/") for found in everything if found.startswith(f"{root}/"))
-    return [join(url, name) for name in sorted(below) if TEMPORARY_MARK not in name and fnmatch(name, pattern)]
+    return [join(url, name) for name in sorted(below) if not is_temporary(name) and fnmatch(name, pattern)]
 
 
 def list_folders(url: str) -> list[str]:
@@ -316,7 +316,7 @@ def list_folders(url: str) -> list[str]:
         return []
     entries: list[dict[str, Any]] = call(url, lambda fs, path: list(fs.ls(path, detail=True)))
     names = (name_of(entry["name"]) for entry in entries if entry["type"] == "directory")
-    return [join(url, name) for name in sorted(names) if TEMPORARY_MARK not in name]
+    return [join(url, name) for name in sorted(names) if not is_temporary(name)]
 
 
 def remove(url: str) -> None:

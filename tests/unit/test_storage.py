@@ -97,6 +97,23 @@ def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
+def test_a_finished_file_may_be_named_a_part_of_something(tmp_path):
+    names = ["pano.part-1.png", "trip.part-2/a.png", "x.part-cafe.tar"]
+    for name in (*names, "b.part-0a1b2c3d.png", "c.part-0a1b2c3d/b.png", "w.mat.part-download", f"bundle.part-{uuid4().hex}/x"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+    assert storage.list_files(str(tmp_path)) == [str(tmp_path / name) for name in names]
+    assert storage.list_folders(str(tmp_path)) == [str(tmp_path / "trip.part-2")]
+
+
+def test_files_behind_links_to_folders_are_listed_and_a_loop_of_links_ends(tmp_path):
+    for name in ("in/a.png", "in/deeper/b.png", "other/c.png", "other/more/d.png"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+    for link, folder in {"in/linked": "other", "in/deeper/up": "in", "other/more/round": "in", "other/self": "other"}.items():
+        (tmp_path / link).symlink_to(tmp_path / folder)
+    found = storage.list_files(str(tmp_path / "in"))
+    assert [file.removeprefix(f"{tmp_path}/in/") for file in found] == ["a.png", "deeper/b.png", "linked/c.png", "linked/more/d.png"]
+
+
 def test_copying_a_tree_there_and_back_replaces_what_was_there(root, tmp_path):
     source, back = tmp_path / "source", tmp_path / "back"
     (source / "deep").mkdir(parents=True)

@@ -1,7 +1,6 @@
 """Find photographs and their labels: in folders, globs, remote stores, installed packages and WebDataset tars."""
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from linearsr_platform import storage
 from linearsr_platform.data.executor import Choose, OnProgress, alone
@@ -17,6 +15,7 @@ from linearsr_platform.data.images import SUFFIXES
 from linearsr_platform.data.labels import Label, parse_label, read_table
 from linearsr_platform.data.tars import Member, index_tar, read_part
 from linearsr_platform.errors import UserError
+from linearsr_platform.local import files_below
 from linearsr_platform.recipe.data_schema import DataConfig, SourceConfig
 
 PACKAGE_SCHEME = "package://"
@@ -181,7 +180,7 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
     """List the files of a folder, one file, or those of a glob with the side files beside them."""
     there = storage.look(fs, path)
     if there is not None and there["type"] == "directory":
-        root, infos = path.rstrip("/"), _below(fs, path, set())
+        root, infos = path.rstrip("/"), files_below(fs, path)
     elif there is not None:
         root, infos = path.rpartition("/")[0], {path: there}
     else:
@@ -192,19 +191,6 @@ def _listing(fs: AbstractFileSystem, path: str) -> dict[str, Found]:
         chosen = {*images, *(side for side in below if side.endswith(MEMBER_LABELS[:2]) and side.rpartition(".")[0] in stems)}
         infos = {file: info for file, info in below.items() if file in chosen}
     return {_readable(file[len(root) :].lstrip("/")): _found(str(fs.unstrip_protocol(file)), info) for file, info in infos.items()}
-
-
-def _below(fs: AbstractFileSystem, path: str, seen: set[str]) -> dict[str, Any]:
-    """Return what is known of every file below a folder; below a local one also in folders that are links, which `find` leaves out."""
-    infos = dict(fs.find(path, detail=True))
-    if isinstance(fs, LocalFileSystem):
-        seen.add(os.path.realpath(path))
-        for folder, names, _ in os.walk(path):
-            for link in (os.path.join(folder, name) for name in sorted(names)):
-                # A link to a folder above itself has no end.
-                if os.path.islink(link) and os.path.realpath(link) not in seen:
-                    infos |= _below(fs, link, seen)
-    return infos
 
 
 def _readable(name: str) -> str:
