@@ -1,5 +1,6 @@
-"""What is special about files on this machine: names of unfinished ones and links to folders."""
+"""What is special about files on this machine: names of unfinished ones, links to folders, and errors that do not say which file."""
 
+import errno
 import os
 import re
 import shutil
@@ -18,11 +19,17 @@ TEMPORARY = re.compile(r"\.part-([0-9a-f]{8,32}|download)(\.[^./]*)?(/|$)")
 """Finds the mark in a path as `beside`, downloads and `linearsr` write it: others name finished files so too, `pano.part-1.png`."""
 LONGEST_NAME = 255
 """Bytes of a file's name on most disks."""
+NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write to an open file fails with where there is no room for it; the error does not say which file that is."""
 
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path`, so that renaming stays on one disk; clean it up whatever happens."""
+    """Give a temporary name in the folder of `path`, so that renaming stays on one disk; clean it up whatever happens.
+
+    Raises:
+        OSError: naming `path` if the block found no room on its disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = f"{TEMPORARY_MARK}{uuid4().hex[:8]}{path.suffix}"
     # A name may be as long as the disk allows already.
@@ -30,6 +37,10 @@ def beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(os.fsencode(path.stem)[:room].decode("utf-8", "ignore") + end)
     try:
         yield temporary
+    except OSError as error:
+        if error.errno in NAMELESS and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

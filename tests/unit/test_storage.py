@@ -1,5 +1,6 @@
 """Storage: one behaviour for local folders and object stores, and never a half-written file."""
 
+import errno
 import os
 from uuid import uuid4
 
@@ -112,6 +113,18 @@ def test_files_behind_links_to_folders_are_listed_and_a_loop_of_links_ends(tmp_p
         (tmp_path / link).symlink_to(tmp_path / folder)
     found = storage.list_files(str(tmp_path / "in"))
     assert [file.removeprefix(f"{tmp_path}/in/") for file in found] == ["a.png", "deeper/b.png", "linked/c.png", "linked/more/d.png"]
+
+
+def test_a_full_disk_is_told_with_the_file_that_found_no_room(root):
+    url = storage.join(root, "file.bin")
+
+    def fill():
+        with storage.atomic_file(url), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"1")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*file\.bin" if storage.is_local(root) else "No space") as caught:
+        fill()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_copying_a_tree_there_and_back_replaces_what_was_there(root, tmp_path):
