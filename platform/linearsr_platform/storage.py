@@ -113,8 +113,11 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     Raises:
         UserError: if the scheme is unknown or its package is not installed.
     """
+    if is_local(url):
+        # fsspec would read `::` in a name as a chain of file systems.
+        return LocalFileSystem(), absolute(url)
     try:
-        fs, path = url_to_fs(absolute(url), use_listings_cache=False, **_options(url))
+        fs, path = url_to_fs(url, use_listings_cache=False, **_options(url))
     except (ImportError, ValueError) as error:
         got = f"storage: got {shown(url)!r}"
         raise UserError(f"{got}; expected a path or a URL that fsspec can open; fix: {shown(str(error))}") from None

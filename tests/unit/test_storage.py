@@ -115,6 +115,12 @@ def test_files_behind_links_to_folders_are_listed_and_a_loop_of_links_ends(tmp_p
     assert [file.removeprefix(f"{tmp_path}/in/") for file in found] == ["a.png", "deeper/b.png", "linked/c.png", "linked/more/d.png"]
 
 
+def test_a_name_that_looks_like_a_chain_of_file_systems_is_a_name(tmp_path):
+    url = str(tmp_path / "zip::b" / "take 1::2.png")
+    storage.write_bytes(url, b"1")
+    assert (storage.read_bytes(f"file://{url}"), storage.list_files(str(tmp_path))) == (b"1", [url])
+
+
 def test_a_full_disk_is_told_with_the_file_that_found_no_room(root):
     url = storage.join(root, "file.bin")
 
