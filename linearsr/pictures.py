@@ -89,6 +89,7 @@ def decode_picture(content: bytes, name: str) -> Picture:
             notes: list[str] = []
             if getattr(image, "n_frames", 1) > 1:
                 notes.append(f"first of {getattr(image, 'n_frames', 1)} frames taken")
+            check_planes(image)
             grey = image.mode in ("1", "L", "LA", "La") or (_raw_mode(image) or "").startswith("LA")  # Pillow opens 16-bit LA as RGBA.
             deep = _deep_samples(image, content, notes)
             exif, profile = _exif(image, notes), image.info.get("icc_profile")
@@ -231,6 +232,9 @@ def _deep_samples(image: Image.Image, content: bytes, notes: list[str]) -> NDArr
     raw = _raw_mode(image)
     if raw is None or image.mode not in ("RGB", "RGBA", "LA"):
         return None
+    if _in_planes(image):
+        notes.append("16-bit samples read at 8 bits: they are stored plane by plane")
+        return None
     halves = []
     for order in "BL":
         with Image.open(BytesIO(content)) as other:
@@ -245,6 +249,21 @@ def _deep_samples(image: Image.Image, content: bytes, notes: list[str]) -> NDArr
     first_is_high = raw.endswith("B") or (raw.endswith("N") and struct.pack("=H", 1) == struct.pack(">H", 1))
     high, low = halves if first_is_high else reversed(halves)
     return high * 256 + low
+
+
+def check_planes(image: Image.Image) -> None:
+    """Refuse an opened picture that Pillow misreads: of deep planes without compression it takes each byte for a sample.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    deep = isinstance(image, TiffImageFile) and max(image.tag_v2.get(Base.BitsPerSample, (8,))) > 8
+    if deep and _in_planes(image) and any(tile.codec_name == "raw" for tile in getattr(image, "tile", [])):
+        raise ValueError("16-bit samples stored plane by plane without compression cannot be read; save it with interleaved channels")
+
+
+def _in_planes(image: Image.Image) -> bool:
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(Base.PlanarConfiguration) == 2 and len(image.getbands()) > 1
 
 
 def _raw_mode(image: Image.Image) -> str | None:

@@ -1,6 +1,7 @@
 """Picture files as scanners, phones and old programs leave them: odd samples, damaged or foreign EXIF, profiles nobody can use."""
 
 import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from linearsr.picture_files import encode_picture, fit_format, quantise
-from linearsr.pictures import decode_picture, srgb_profile
-from linearsr_platform.data.images import decode_image
+from linearsr.pictures import PictureError, decode_picture, srgb_profile
+from linearsr_platform.data.images import BadImageError, decode_image
 
 
 def encoded(image, kind="PNG", **options):
@@ -44,6 +45,49 @@ def test_white_of_a_grey_tiff_is_what_it_says(bits, photometric):
     assert np.allclose(picture.colour, light[..., None], atol=1e-6)
     # What training reads is the same picture.
     assert np.array_equal(decode_image(content).pixels, np.rint(light * 255).astype(np.uint8)[..., None].repeat(3, axis=2))
+
+
+def planar_tiff(samples, *, deflated):
+    """A TIFF of 16-bit RGB with one strip for each colour."""
+    height, width, _ = samples.shape
+    planes = [samples[..., channel].astype("<u2").tobytes() for channel in range(3)]
+    planes = [zlib.compress(plane) for plane in planes] if deflated else planes
+    sizes = [len(plane) for plane in planes]
+    entries = {
+        256: (width,),
+        257: (height,),
+        258: (16,) * 3,
+        259: (8 if deflated else 1,),
+        262: (2,),
+        277: (3,),
+        278: (height,),
+        279: sizes,
+    }
+    entries |= {273: (0,) * 3, 284: (2,)}
+    start = 8 + 2 + 12 * len(entries) + 4
+    after = start + 12 * sum(len(values) == 3 for values in entries.values())
+    entries[273] = tuple(after + sum(sizes[:channel]) for channel in range(3))
+    table, more = b"", b""
+    for tag in sorted(entries):
+        values = struct.pack(f"<{len(entries[tag])}I", *entries[tag])
+        table += struct.pack("<HHI", tag, 4, len(entries[tag])) + (values if len(values) == 4 else struct.pack("<I", start + len(more)))
+        more += values if len(values) > 4 else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + struct.pack("<I", 0) + more + b"".join(planes)
+
+
+def test_16_bits_stored_plane_by_plane_are_read_at_8_bits_or_refused_and_never_wrong():
+    samples = np.random.default_rng(2).integers(0, 65536, (6, 8, 3), dtype=np.uint16)
+    content = planar_tiff(samples, deflated=True)
+    picture = decode_picture(content, "planes.tif")
+    assert (picture.bits, picture.notes) == (8, ("16-bit samples read at 8 bits: they are stored plane by plane",))
+    assert np.array_equal(quantise(picture), samples >> 8)
+    assert np.array_equal(decode_image(content).pixels, samples >> 8)
+    # Pillow takes each of their bytes for a sample.
+    raw = planar_tiff(samples, deflated=False)
+    with pytest.raises(PictureError, match=r"planes\.tif: .*plane by plane without compression"):
+        decode_picture(raw, "planes.tif")
+    with pytest.raises(BadImageError, match="plane by plane without compression"):
+        decode_image(raw)
 
 
 def test_a_grey_tiff_of_16_bits_is_turned_upright():

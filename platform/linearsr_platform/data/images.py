@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from linearsr.pictures import DECODING_ERRORS, deep_grey, why_undecoded
+from linearsr.pictures import DECODING_ERRORS, check_planes, deep_grey, why_undecoded
 
 Pixels = NDArray[np.uint8]
 
@@ -73,6 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for 32-bit integer and floating-point images, whose white is not defined.
     """
+    check_planes(image)
     # 16-bit RGB Pillow reduces to 8 bits itself, by the high byte.
     if (light := deep_grey(image)) is not None:
         return Image.fromarray(np.rint(light * 255).astype(np.uint8)).convert("RGB")
