@@ -92,16 +92,18 @@ def test_a_picture_that_cannot_be_read_is_told_at_the_end(folder: Path) -> None:
         (("good", "--tagger", "dape"), "ram_tag_list_threshold.txt, DAPE.pth"),
         (("good", "--recipe", "r.yaml"), "got one without --lr"),
         (("labelled",), "the label beside it cannot be read"),
+        (("twins",), "a.json: got a.jpg and a.png; expected one photograph"),
     ],
 )
 def test_mistakes_exit_with_2_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "good", "labelled"):
+    for name in ("empty", "good", "labelled", "twins"):
         Path(name).mkdir()
-    for name in ("good", "labelled"):
+    for name in ("good", "labelled", "twins"):
         Image.new("RGB", (16, 16)).save(f"{name}/a.png")
+    Image.new("RGB", (16, 16)).save("twins/a.jpg")
     Path("labelled/a.json").write_text("{")
     before = sorted(Path().rglob("*"))
     code, output = run(*arguments)

@@ -107,7 +107,13 @@ def _sides(folder: Path) -> dict[Path, dict[str, object]]:
     if not files:
         raise UserError(f"{folder}: got a folder without images; expected files that end in {', '.join(SUFFIXES)}")
     sides, problems = {}, []
+    owners: dict[Path, Path] = {}
     for path in files:
+        owner = owners.setdefault(side := path.with_suffix(".json"), path)
+        if owner != path:
+            problems.append(
+                f"{side}: got {owner.name} and {path.name}; expected one photograph for each such file; fix: rename one of them"
+            )
         try:
             sides[path] = side_fields(path)
         except ValueError as error:
