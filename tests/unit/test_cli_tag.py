@@ -74,9 +74,13 @@ def test_tags_of_the_degraded_photograph_follow_the_recipe(folder: Path, root: P
 
 def test_a_picture_that_cannot_be_read_is_told_at_the_end(folder: Path) -> None:
     (folder / "broken.png").write_bytes((folder / "cup.png").read_bytes()[:500])
+    (folder / "gone[x].png").symlink_to("nowhere")
+    (folder / "folder.png").mkdir()
     code, output = run(folder)
     assert code == 1
-    assert "1 of 3 photographs cannot be read: broken.png" in output
+    assert "2 of 4 photographs cannot be read: broken.png, gone[x].png" in output
+    assert output.count("gone[x].png") == 2, "in the table too"
+    assert "2 of 4 photographs error:" in output, "what failed is not written"
     assert (folder / "cup.json").is_file()
     assert not (folder / "broken.json").exists()
 

@@ -91,7 +91,7 @@ def tag(
                 display.update("tag", min(start + BATCH, len(wanted)), len(wanted))
     except TaggerError as error:
         raise UserError(str(error)) from error
-    _show(folder, results, key)
+    _show(folder, results, key, len(wanted) - len(refused))
     if refused:
         raise StageError(f"{len(refused)} of {len(sides)} photographs cannot be read: {', '.join(refused)}; the others are tagged")
 
@@ -103,7 +103,8 @@ def _sides(folder: Path) -> dict[Path, dict[str, object]]:
 
     if not folder.is_dir():
         raise UserError(f"{folder}: got no such folder; expected one with photographs")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    # A link to nothing is told with what cannot be read; a folder or a device is no photograph, whatever its name.
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists()))
     if not files:
         raise UserError(f"{folder}: got a folder without images; expected files that end in {', '.join(SUFFIXES)}")
     sides, problems = {}, []
@@ -162,6 +163,8 @@ def _tag(model: "Tagger", paths: Sequence[Path], reduction: Reduction | None) ->
             photos.append(_read(path, reduction))
         except BadImageError as error:
             yield path, str(error)
+        except OSError as error:
+            yield path, f"cannot be read: {error.strerror}"
     for photo, tags in zip(photos, model.tag(photos) if photos else [], strict=True):
         assert photo.path is not None  # noqa: S101 (each was read from a file)
         yield photo.path, tags
@@ -194,12 +197,13 @@ def _write(path: Path, fields: dict[str, object], key: str, tags: "list[Tag]", t
     return ", ".join(f"{tag.name} {tag.confidence:.2f}" for tag in tags) or "none sure enough"
 
 
-def _show(folder: Path, results: dict[Path, str], key: str) -> None:
+def _show(folder: Path, results: dict[Path, str], key: str, written: int) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    written = sum(result != KEPT for result in results.values())
     table = Table("photograph", key, caption=f"{written} of {len(results)} photographs")
     for path, result in results.items():
-        table.add_row(str(path.relative_to(folder)), result)
+        # As text: brackets in a name are no markup.
+        table.add_row(Text(str(path.relative_to(folder))), Text(result))
     Console().print(table)
