@@ -127,12 +127,32 @@ def test_a_shard_keeps_its_keys_and_members_and_corrects_what_they_say_of_size(b
     assert told["sha256"] != "old"
     with Image.open(io.BytesIO(made["x/0003"]["png"])) as large:
         assert large.size == (48, 36)
+    assert "copied as they are: KEY.seg.png (1)" in " ".join(output.split())
     (tmp_path / "cut.tar").write_bytes((tmp_path / "in.tar").read_bytes()[:700])
     code, output = run(tmp_path / "cut.tar", tmp_path / "none.tar", "--model", bundle)
     assert (code, "cut.tar: cannot be read" in " ".join(output.split())) == (2, True)
     assert not (tmp_path / "none.tar").exists()
     with tarfile.open(tmp_path / "out.tar") as tar:
         assert {member.mtime for member in tar} == {0}, "the same shard gives the same file"
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([("IMG_2024", {"05.01.png": png()}), ("005", {"lr.jpg": png()})], "without pictures (KEY.05.01.png (1), KEY.lr.jpg (1))"),
+        ([], "without pictures (no members)"),
+        ([("1", {"png": b"broken"})], "1.png: not a picture"),
+    ],
+)
+def test_a_shard_of_which_nothing_is_enlarged_fails_and_is_not_written(
+    bundle: Path, tmp_path: Path, samples: list[tuple[str, dict[str, bytes]]], said: str
+) -> None:
+    write_members(str(tmp_path / "in.tar"), samples)
+    for target in (tmp_path / "out.tar", "--plan"):
+        code, output = run(tmp_path / "in.tar", target, "--model", bundle)
+        assert (code, said in " ".join(output.split())) == (2, True), output
+        assert "counts as done" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tar"]
 
 
 def test_a_shard_whose_store_does_not_answer_fails_alone(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

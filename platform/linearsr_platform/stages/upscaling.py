@@ -1,9 +1,8 @@
 """Enlarge many pictures, here or in a worker: one model, a plan for each, and a word on each."""
 
-import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +12,7 @@ from linearsr.bundle import Bundle, BundleError, load_bundle, with_codec_tile, w
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
 from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes, shown_bytes
-from linearsr.picture_files import INPUT_SUFFIXES, check_size, encode_picture, fit_format, output_suffix
+from linearsr.picture_files import check_size, encode_picture, fit_format
 from linearsr.pictures import Picture, PictureError, decode_picture
 from linearsr.residency import Residency
 from linearsr.sizing import SizePlan
@@ -26,11 +25,16 @@ from linearsr_platform.data.shard_files import ShardAwayError
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.remote import shown
 from linearsr_platform.stages.picture_work import Job
+from linearsr_platform.stages.shard_samples import check_names, corrected, is_picture, new_name, note_on_copied, nothing_enlarged
 
 REFUSALS = (PictureError, PictureTooLarge, StageError)
 """What is wrong with one picture or shard, and no reason to leave out the others."""
 LEFT_OUT = "; left out of the new shard, which counts as done: --overwrite makes it again"
 """Said of a sample that failed."""
+
+
+class _NothingLeftError(Exception):
+    """A shard would hold no enlarged picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +111,14 @@ class UpscaleRun:
         if not job.is_shard:
             return [self._planned(job.name, shown(job.target), partial(read_source, job))]
         found = []
+        kinds: Counter[str] = Counter()
         for key, members in read_members(job.source):
+            kinds.update(members.keys())
             for name in members:
-                if _is_picture(name):
+                if is_picture(name):
                     read = partial(decode_picture, members[name], f"{job.name}: {key}.{name}")
                     found.append(self._planned(f"{job.name}: {key}.{name}", shown(job.target), read))
-        return found
+        return found or [_failed(job.name, shown(job.target), nothing_enlarged(job.name, kinds))]
 
     def enlarge(self, job: Job) -> list[Outcome]:
         """Enlarge a file and write it whole or not at all; what is refused is an outcome too."""
@@ -130,37 +136,50 @@ class UpscaleRun:
 
     def _enlarge_shard(self, job: Job) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        kinds: Counter[str] = Counter()
         try:
-            write_members(job.target, self._enlarged_samples(job, outcomes))
+            write_members(job.target, self._enlarged_samples(job, outcomes, kinds))
+        except _NothingLeftError:
+            return outcomes or [_failed(job.name, shown(job.target), nothing_enlarged(job.name, kinds))]
         except (StageError, ShardAwayError) as error:
             return [_failed(job.name, shown(job.target), error)]
-        return outcomes
+        first = next(place for place, outcome in enumerate(outcomes) if outcome.status != "failed")
+        if (note := note_on_copied(kinds)) is not None:
+            outcomes[first] = replace(outcomes[first], notes=(*outcomes[first].notes, note))
+        return [_left_out(outcome) if outcome.status == "failed" else outcome for outcome in outcomes]
 
-    def _enlarged_samples(self, job: Job, outcomes: list[Outcome]) -> Iterator[tuple[str, Members]]:
-        """Yield each sample with its pictures enlarged; a sample with a picture that cannot be is left out."""
+    def _enlarged_samples(self, job: Job, outcomes: list[Outcome], kinds: Counter[str]) -> Iterator[tuple[str, Members]]:
+        """Yield each sample with its pictures enlarged; a sample with a picture that cannot be is left out.
+
+        Raises:
+            _NothingLeftError: at the end, if no picture was enlarged.
+        """
         for key, members in read_members(job.source):
+            kinds.update(members.keys())
             made: dict[str, bytes] = {}
             done: list[Outcome] = []
             try:
-                _check_names(f"{job.name}: {key}", members)
+                check_names(f"{job.name}: {key}", members)
                 for name, content in members.items():
-                    new_name, new_content = name, content
-                    if _is_picture(name):
+                    renamed, new_content = new_name(name), content
+                    if is_picture(name):
                         called = f"{job.name}: {key}.{name}"
                         with self.stopwatch.section("read"):
                             picture = decode_picture(content, called)
-                        new_name = _new_name(name)
-                        suffix = f".{new_name}"
-                        new_content, outcome = self._enlarge_picture(picture, called, f"{shown(job.target)}: {key}.{new_name}", suffix)
+                        new_content, outcome = self._enlarge_picture(
+                            picture, called, f"{shown(job.target)}: {key}.{renamed}", f".{renamed}"
+                        )
                         done.append(outcome)
-                    made[new_name] = new_content
+                    made[renamed] = new_content
             except REFUSALS as error:
-                outcomes.append(_failed(f"{job.name}: {key}", shown(job.target), error, LEFT_OUT))
+                outcomes.append(_failed(f"{job.name}: {key}", shown(job.target), error))
                 continue
             outcomes += done
             if len(done) == 1 and done[0].sizes is not None:
-                made = _corrected(made, done[0].sizes)
+                made = corrected(made, done[0].sizes)
             yield key, made
+        if all(outcome.status == "failed" for outcome in outcomes):
+            raise _NothingLeftError
 
     def _enlarge_picture(self, picture: Picture, source: str, target: str, suffix: str) -> tuple[bytes, Outcome]:
         sizes, plan = self._plans(picture)
@@ -315,40 +334,14 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
     return [note for outcome in outcomes if outcome.status == "failed" for note in outcome.notes]
 
 
-def _corrected(members: dict[str, bytes], sizes: SizePlan) -> dict[str, bytes]:
-    """Bring size and hash in a sample's own JSON up to date, where it has them."""
-    try:
-        facts = json.loads(members.get("json", b"null"))
-    except ValueError:
-        return members
-    if not isinstance(facts, dict):
-        return members
-    picture = next(content for name, content in members.items() if _is_picture(name))
-    new = {"width_px": sizes.output[0], "height_px": sizes.output[1], "sha256": hashlib.sha256(picture).hexdigest()}
-    changed = {**facts, **{name: value for name, value in new.items() if name in facts}}
-    return {**members, "json": json.dumps(changed, sort_keys=True).encode()}
-
-
-def _is_picture(name: str) -> bool:
-    return f".{name}" in INPUT_SUFFIXES
-
-
-def _new_name(name: str) -> str:
-    """Return what a sample's file is called in the new shard."""
-    return output_suffix(f".{name}")[1:] if _is_picture(name) else name
-
-
-def _check_names(sample: str, members: Members) -> None:
-    """Refuse a sample in which two files would have one name."""
-    new = [_new_name(name) for name in members]
-    if twice := next((name for name in new if new.count(name) > 1), None):
-        both = " and ".join(name for name in members if _new_name(name) == twice)
-        raise PictureError(f"{sample}: got {both}; expected one picture that becomes {twice}; fix: rename one of them")
-
-
-def _failed(source: str, target: str, error: Exception, more: str = "") -> Outcome:
+def _failed(source: str, target: str, error: Exception) -> Outcome:
     reason = str(error)
-    return Outcome(source, target, "failed", ((reason if source in reason else f"{source}: {reason}") + more,))
+    return Outcome(source, target, "failed", (reason if source in reason else f"{source}: {reason}",))
+
+
+def _left_out(outcome: Outcome) -> Outcome:
+    """Say of a failed sample that the shard is there without it."""
+    return replace(outcome, notes=tuple(note + LEFT_OUT for note in outcome.notes))
 
 
 def _size(size: tuple[int, int]) -> str:
