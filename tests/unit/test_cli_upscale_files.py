@@ -155,6 +155,18 @@ def test_a_shard_of_which_nothing_is_enlarged_fails_and_is_not_written(
     assert [path.name for path in tmp_path.iterdir()] == ["in.tar"]
 
 
+def test_the_part_of_a_photograph_that_a_sample_is_stays_that_part(bundle: Path, tmp_path: Path) -> None:
+    facts = {"width_px": 5, "height_px": 4, "box": [3, 1, 8, 5], "crop_box": [3, 1, 8, 5], "sha256": "old", "latent_codec": "c"}
+    write_members(str(tmp_path / "in.tar"), [("1", {"png": png(), "json": json.dumps(facts).encode(), "latent.npy": b"small"})])
+    code, output = run(tmp_path / "in.tar", tmp_path / "out.tar", "--model", bundle, "--scale", "3")
+    assert code == 0, output
+    ((_, made),) = read_members(str(tmp_path / "out.tar"))
+    told = json.loads(made["json"])
+    assert (told["box"], told["width_px"], told["height_px"]) == ([9, 3, 24, 15], 15, 12)
+    assert told["crop_box"] == [3, 1, 8, 5], "in the photograph that it was cut from"
+    assert ("latent.npy" in made, "latent_codec" in told) == (False, False), "it is the small picture's"
+
+
 def test_a_shard_whose_store_does_not_answer_fails_alone(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         write_members(str(tmp_path / "in" / f"{name}.tar"), [("1", {"png": png()})])

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from linearsr.picture_files import INPUT_SUFFIXES, output_suffix
 from linearsr.pictures import PictureError
@@ -13,6 +14,8 @@ from linearsr_platform.errors import StageError
 
 KINDS_SHOWN = 10
 """Kinds of members that a message names."""
+LATENT = "latent.npy"
+"""The picture as `prepare` encodes it."""
 
 
 def is_picture(name: str) -> bool:
@@ -59,7 +62,7 @@ def nothing_enlarged(shard: str, kinds: Mapping[str, int]) -> StageError:
 
 
 def corrected(members: dict[str, bytes], sizes: SizePlan) -> dict[str, bytes]:
-    """Bring size and hash in a sample's own JSON up to date, where it has them."""
+    """Bring what a sample's own JSON says of its picture up to date, where it says it, and leave out the latent of the small one."""
     try:
         facts = json.loads(members.get("json", b"null"))
     except ValueError:
@@ -67,9 +70,22 @@ def corrected(members: dict[str, bytes], sizes: SizePlan) -> dict[str, bytes]:
     if not isinstance(facts, dict):
         return members
     picture = next(content for name, content in members.items() if is_picture(name))
-    new = {"width_px": sizes.output[0], "height_px": sizes.output[1], "sha256": hashlib.sha256(picture).hexdigest()}
+    new: dict[str, object] = {"width_px": sizes.output[0], "height_px": sizes.output[1], "sha256": hashlib.sha256(picture).hexdigest()}
+    if (box := _box(facts.get("box"), sizes)) is not None:
+        # `prepare` gives the size of the part that is used.
+        new |= {"box": box, "width_px": box[2] - box[0], "height_px": box[3] - box[1]}
+    kept = {name: content for name, content in members.items() if name != LATENT}
+    if len(kept) < len(members):
+        facts.pop("latent_codec", None)
     changed = {**facts, **{name: value for name, value in new.items() if name in facts}}
-    return {**members, "json": json.dumps(changed, sort_keys=True).encode()}
+    return {**kept, "json": json.dumps(changed, sort_keys=True).encode()}
+
+
+def _box(box: Any, sizes: SizePlan) -> list[int] | None:
+    """Return left, top, right, bottom in pixels of the enlarged picture; None if that is not what a sample says."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(one, int) for one in box):
+        return None
+    return [round(one * sizes.output[place % 2] / sizes.given[place % 2]) for place, one in enumerate(box)]
 
 
 def _listed(kinds: Mapping[str, int]) -> str:
