@@ -155,7 +155,7 @@ def _from_image(image: Image.Image, notes: list[str], *, grey: bool) -> Picture:
     """Take 8-bit pixels, and 16-bit grey, which Pillow can hold."""
     mode = image.mode
     if (samples := deep_grey(image)) is not None:
-        return Picture(np.repeat(samples[..., None], 3, axis=2), grey=True, bits=16)
+        return Picture(np.repeat(samples[..., None], 3, axis=2), keyed_alpha(image, samples), grey=True, bits=16)
     if mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {mode}) have no defined white")
     has_alpha = image.has_transparency_data
@@ -184,6 +184,27 @@ def deep_grey(image: Image.Image) -> Plane | None:
     samples = np.asarray(ImageOps.exif_transpose(image))
     light: Plane = samples.astype(np.float32) / np.float32(2 ** tags.get(Base.BitsPerSample, (16,))[0] - 1)
     return 1 - light if tags.get(Base.PhotometricInterpretation) == 0 else light
+
+
+def keyed_alpha(image: Image.Image, light: Plane) -> Plane | None:
+    """Return what the colour key of a 16-bit PNG says, (H, W): 0 where a pixel has the one transparent colour, else 1; None without a key.
+
+    Args:
+        image: the opened picture.
+        light: (H, W), or (H, W, 3), in [0, 1]: its pixels, upright.
+    """
+    key = image.info.get("transparency")
+    if key is None:
+        return None
+    other = np.rint(light * 65535) != np.array(key)
+    alpha: Plane = (other if light.ndim == 2 else other.any(axis=2)).astype(np.float32)
+    return alpha
+
+
+def reduce_key(image: Image.Image) -> None:
+    """Bring the colour key of an opened 16-bit colour PNG to the 8 bits that Pillow reduces pixels to: their high bytes."""
+    if _raw_mode(image) is not None and image.mode == "RGB" and "transparency" in image.info:
+        image.info["transparency"] = tuple(one >> 8 for one in image.info["transparency"])
 
 
 def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
@@ -284,5 +305,5 @@ def _from_samples(image: Image.Image, samples: NDArray[np.uint16]) -> Picture:
     scaled = samples.astype(np.float32) / np.float32(65535)
     grey = image.mode == "LA"
     colour = np.repeat(scaled[..., :1], 3, axis=2) if grey else np.ascontiguousarray(scaled[..., :3])
-    alpha = scaled[..., -1].copy() if image.mode in ("RGBA", "LA") else None
+    alpha = scaled[..., -1].copy() if image.mode in ("RGBA", "LA") else keyed_alpha(image, scaled)
     return Picture(colour, alpha=alpha, grey=grey, bits=16)

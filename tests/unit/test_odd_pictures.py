@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from linearsr.picture_files import encode_picture, fit_format, quantise
-from linearsr.pictures import PictureError, decode_picture, srgb_profile
+from linearsr.pictures import Picture, PictureError, decode_picture, srgb_profile
 from linearsr_platform.data.images import BadImageError, decode_image
 
 
@@ -95,6 +95,27 @@ def test_a_grey_tiff_of_16_bits_is_turned_upright():
     content = grey_tiff(samples, 16, 1, orientation=6)
     assert np.array_equal(quantise(decode_picture(content, "scan.tif"))[..., 0], np.rot90(samples, -1))
     assert decode_image(content).pixels.shape == (4, 3, 3)
+
+
+@pytest.mark.parametrize(("channels", "key"), [(1, (1000,)), (3, (1000, 2000, 3000))])
+def test_the_transparent_colour_of_a_16_bit_png_is_transparent(channels, key):
+    samples = np.random.default_rng(3).integers(256 * 20, 65536, (6, 8, channels), dtype=np.uint16)
+    samples[:2, :3] = key
+    colour = samples.repeat(3 // channels, axis=2).astype(np.float32) / 65535
+    content = encode_picture(Picture(colour, grey=channels == 1, bits=16), ".png")
+    chunk = b"tRNS" + struct.pack(f">{channels}H", *key)
+    start = content.index(b"IDAT") - 4
+    content = content[:start] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[start:]
+    expected = np.ones((6, 8), np.float32)
+    expected[:2, :3] = 0
+    picture = decode_picture(content, "key.png")
+    assert (picture.bits, picture.grey) == (16, channels == 1)
+    assert np.array_equal(picture.alpha, expected)
+    assert np.array_equal(quantise(picture)[..., :channels], samples)
+    # In training what is transparent is white.
+    pixels = decode_image(content).pixels
+    assert (pixels[:2, :3] == 255).all()
+    assert np.abs(pixels[2:] - colour[2:] * 255).max() < 1
 
 
 def test_a_printed_picture_with_a_profile_is_turned_upright(monkeypatch):

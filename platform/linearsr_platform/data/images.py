@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from linearsr.pictures import DECODING_ERRORS, check_planes, deep_grey, why_undecoded
+from linearsr.pictures import DECODING_ERRORS, check_planes, deep_grey, keyed_alpha, reduce_key, why_undecoded
 
 Pixels = NDArray[np.uint8]
 
@@ -57,8 +57,9 @@ def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> De
         try:
             with Image.open(BytesIO(content)) as image:
                 kind, mode = image.format or "", image.mode
-                upright = image.getexif().get(ORIENTATION, 1) == 1
                 rgb = to_rgb(image)
+                # Not before: asked for EXIF, a PNG is decoded and forgets how deep it was.
+                upright = image.getexif().get(ORIENTATION, 1) == 1
         except DECODING_ERRORS as error:
             raise BadImageError(why_undecoded(error, "an image")) from error
     if halve_jpeg and kind in ("JPEG", "MPO"):
@@ -74,8 +75,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: for 32-bit integer and floating-point images, whose white is not defined.
     """
     check_planes(image)
-    # 16-bit RGB Pillow reduces to 8 bits itself, by the high byte.
+    # 16-bit RGB Pillow reduces to 8 bits itself, by the high byte, but not its colour key.
+    reduce_key(image)
     if (light := deep_grey(image)) is not None:
+        alpha = keyed_alpha(image, light)
+        light = light if alpha is None else light * alpha + (1 - alpha)
         return Image.fromarray(np.rint(light * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit samples (mode {image.mode}) have no defined white; convert the file to 8 or 16 bits")
