@@ -1,9 +1,10 @@
-"""Pictures as files: PNG with 8 or 16 bits, JPEG, WebP, with profile and EXIF. Imports no torch."""
+"""Pictures as files: PNG with 8 or 16 bits, JPEG, WebP, with profile, resolution and EXIF. Imports no torch."""
 
 import struct
 import zlib
 from dataclasses import replace
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ LARGEST_SIDE_PX = {".jpg": 65535, ".jpeg": 65535, ".webp": 16383}
 """Limits of the formats."""
 LARGEST_JPEG_EXIF = 65533
 """Bytes that fit into a JPEG's segment."""
+INCH_M = 0.0254
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """Channels -> colour type of PNG."""
 _Samples = NDArray[np.uint8] | NDArray[np.uint16]
@@ -49,6 +51,8 @@ def fit_format(picture: Picture, suffix: str) -> Picture:
     if exif is not None and len(exif) > LARGEST_JPEG_EXIF and kind in (".jpg", ".jpeg"):
         exif = None
         notes.append("EXIF left out: JPEG holds no more than 64 kB of it")
+    if picture.dpi is not None and exif is None and kind == ".webp":
+        notes.append("resolution left out: WebP has no place for it but EXIF")
     return replace(picture, colour=colour, alpha=alpha, bits=bits, exif=exif, notes=(*picture.notes, *notes))
 
 
@@ -72,9 +76,10 @@ def encode_picture(picture: Picture, suffix: str) -> bytes:
     """
     samples = quantise(picture)
     if picture.bits == 16:
-        return _png16(samples, picture.profile, picture.exif)
+        return _png16(samples, picture)
     image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
-    extra = {name: value for name, value in (("icc_profile", picture.profile), ("exif", picture.exif)) if value}
+    given = {"icc_profile": picture.profile, "exif": picture.exif, "dpi": picture.dpi}
+    extra: dict[str, Any] = {name: value for name, value in given.items() if value}
     buffer = BytesIO()
     kind = suffix.lower()
     if kind == ".png":
@@ -95,7 +100,7 @@ def quantise(picture: Picture) -> _Samples:
     return samples
 
 
-def _png16(samples: _Samples, profile: bytes | None, exif: bytes | None) -> bytes:
+def _png16(samples: _Samples, picture: Picture) -> bytes:
     """Write a 16-bit PNG, which Pillow does for grey only. Rows are stored as differences to the row above (filter 2)."""
     height, width, channels = samples.shape
     rows = samples.astype(">u2").view(np.uint8).reshape(height, -1)
@@ -103,10 +108,12 @@ def _png16(samples: _Samples, profile: bytes | None, exif: bytes | None) -> byte
     filtered = np.hstack([np.full((height, 1), 2, dtype=np.uint8), differences])
     header = struct.pack(">IIBBBBB", width, height, 16, PNG_COLOUR_TYPES[channels], 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", header)]
-    if profile:
-        parts.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)))
-    if exif:
-        parts.append(_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
+    if picture.profile:
+        parts.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.profile)))
+    if picture.dpi:
+        parts.append(_chunk(b"pHYs", struct.pack(">IIB", *(round(one / INCH_M) for one in picture.dpi), 1)))
+    if picture.exif:
+        parts.append(_chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
     return b"".join([*parts, _chunk(b"IDAT", zlib.compress(filtered.tobytes(), 4)), _chunk(b"IEND", b"")])
 
 

@@ -1,4 +1,4 @@
-"""Picture files to pixels and back, with what else is in them: depth, alpha, grey, colour profile, EXIF. Imports no torch.
+"""Picture files to pixels and back, with what else is in them: depth, alpha, grey, colour profile, resolution, EXIF. Imports no torch.
 
 Pixels are float32 in [0, 1] and sRGB. Whatever is converted or left out on the way is said in `Picture.notes`.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from linearsr.exif import carried_exif
@@ -32,6 +33,11 @@ DECODING_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow's decoders raise on files that are not what they claim to be."""
+IPTC = 0x0404
+"""Photoshop's number of it in a JPEG."""
+PNG_XMP = "XML:com.adobe.xmp"
+MOST_DPI = 65535
+"""What a JPEG can say."""
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 weights of red, green and blue."""
 
@@ -56,6 +62,8 @@ class Picture:
     """ICC profile that the pixels are in; None if the file had none."""
     exif: bytes | None = None
     """EXIF as it is to be written again, without orientation, thumbnail and the old size."""
+    dpi: tuple[float, float] | None = None
+    """Dots per inch across and down, as the file says; None if it does not."""
     notes: tuple[str, ...] = ()
     """What was converted, in words."""
 
@@ -92,17 +100,19 @@ def decode_picture(content: bytes, name: str) -> Picture:
             check_planes(image)
             grey = image.mode in ("1", "L", "LA", "La") or (_raw_mode(image) or "").startswith("LA")  # Pillow opens 16-bit LA as RGBA.
             deep = _deep_samples(image, content, notes)
-            exif, profile = _exif(image, notes), image.info.get("icc_profile")
+            exif, profile, dpi = _exif(image, notes), image.info.get("icc_profile"), _dpi(image)
             if image.getexif().get(0x0112, 1) not in (0, 1):
                 notes.append("turned upright as its EXIF says")
             image.load()
             if image.info.get("xmp"):
                 notes.append("XMP left out: it may tell of the old size and orientation")
+            if lost := _texts(image):
+                notes.append(f"{' and '.join(lost)} left out: of texts only EXIF is kept")
             picture = _from_samples(image, deep) if deep is not None else _from_image(image, notes, grey=grey)
     except DECODING_ERRORS as error:
         reason = why_undecoded(error, "a picture")
         raise PictureError(f"{name}: {reason}; expected a whole picture file; fix: check or convert it") from error
-    picture = replace(picture, exif=exif, notes=(*notes, *picture.notes))
+    picture = replace(picture, exif=exif, dpi=dpi, notes=(*notes, *picture.notes))
     return _into_srgb(picture, profile) if profile else picture
 
 
@@ -149,6 +159,27 @@ def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
         # What Pillow reads it cannot always write, and a camera's mistake is no reason to refuse its picture.
         notes.append("EXIF left out: it is not as EXIF has to be")
         return None
+
+
+def _texts(image: Image.Image) -> list[str]:
+    """Return what is told in an opened picture besides EXIF and XMP: `IPTC`, `comment`, and keywords of a PNG's texts."""
+    tags: Any = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    iptc = Base.IPTCNAA in tags or IPTC in (image.info.get("photoshop") or {})
+    texts = image.text if isinstance(image, PngImageFile) else {}
+    found = [f"text {keyword!r}" for keyword in texts if keyword != PNG_XMP]
+    return [*(["IPTC"] if iptc else []), *(["comment"] if image.info.get("comment") else []), *found]
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    """Return the resolution as the enlarged picture is to have it, across and down."""
+    dpi = image.info.get("dpi")
+    # Of a JPEG that has EXIF without a resolution Pillow says 72, and of a TIFF without one 1.
+    if dpi is None or (image.format in ("JPEG", "MPO") and image.info.get("jfif_unit") not in (1, 2)):
+        return None
+    across, down = (float(one) for one in dpi)
+    if not (1 < across <= MOST_DPI and 1 < down <= MOST_DPI):
+        return None
+    return (down, across) if image.getexif().get(Base.Orientation) in (5, 6, 7, 8) else (across, down)
 
 
 def _from_image(image: Image.Image, notes: list[str], *, grey: bool) -> Picture:

@@ -1,11 +1,14 @@
 """Picture files of every kind: what comes in, what goes out again, and what is said about it."""
 
+import struct
+from dataclasses import replace
 from io import BytesIO
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from linearsr.picture_files import encode_picture, fit_format, output_suffix, quantise
 from linearsr.pictures import Picture, PictureError, decode_picture, read_picture, resample, srgb_profile
@@ -92,6 +95,36 @@ def test_xmp_is_left_out_with_a_word():
     assert picture.notes == ("XMP left out: it may tell of the old size and orientation",)
     with Image.open(BytesIO(encode_picture(picture, ".jpg"))) as back:
         assert "xmp" not in back.info
+
+
+def test_resolution_is_kept_and_texts_are_left_out_with_a_word():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    texts = PngInfo()
+    texts.add_text("Comment", "by hand")
+    said = "left out: of texts only EXIF is kept"
+    for kind, suffix, more, notes in (
+        ("JPEG", ".jpg", {"comment": b"by hand"}, [f"comment {said}"]),
+        ("PNG", ".png", {"pnginfo": texts}, [f"text 'Comment' {said}"]),
+        ("TIFF", ".png", {}, []),
+    ):
+        picture = decode_picture(encoded(rgb(), kind, dpi=(300, 200), exif=exif, **more), "a")
+        for bits in (8, 16) if suffix == ".png" else (8,):
+            with Image.open(BytesIO(encode_picture(replace(picture, bits=bits), suffix))) as back:
+                assert [round(one) for one in back.info["dpi"]] == [200, 300], (kind, bits)
+        assert picture.notes == ("turned upright as its EXIF says", *notes)
+    assert fit_format(replace(picture, exif=None), ".webp").notes[-1] == "resolution left out: WebP has no place for it but EXIF"
+
+
+def test_iptc_is_left_out_with_a_word_and_no_resolution_is_made_up():
+    block = b"8BIM\x04\x04\0\0" + struct.pack(">I", 4) + b"\x1c\x02\x05\0"
+    segment = b"\xff\xed" + struct.pack(">H", 2 + 14 + len(block)) + b"Photoshop 3.0\0" + block
+    exif = Image.Exif()
+    exif[0x0110] = "Camera"
+    jpeg = encoded(rgb(), "JPEG", exif=exif)
+    picture = decode_picture(jpeg[:2] + segment + jpeg[2:], "a.jpg")
+    assert picture.notes == ("IPTC left out: of texts only EXIF is kept",)
+    assert picture.dpi is None, "Pillow's 72 dpi are nobody's"
 
 
 def wide_profile():
