@@ -142,7 +142,7 @@ def load_manifest(url: str) -> Manifest:
     path = storage.join(url, FILE)
     try:
         content = storage.read_json(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: not there; expected the manifest of a prepared data set; fix: run the stage `prepare`") from error
     version = content["version"] if isinstance(content, dict) and "version" in content else None
     if version != VERSION:
