@@ -97,11 +97,22 @@ def test_what_is_finished_is_known(root: str) -> None:
         ("in/a.png", "out.tiff", "expected one of .png"),
         ("in/deeper/f.tar", "out.png", "is a shard"),
         ("in", "in/a.png", "got a file; expected a folder"),
+        ("in", "out.png", "got suffix '.png'; expected a folder"),
+        ("in/*.png", "out.tar", "got suffix '.tar'; expected a folder"),
     ],
 )
 def test_mistakes_are_named(root: str, source: str, target: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         find_work(f"{root}/{source}", f"{root}/{target}")
+
+
+def test_a_folder_may_be_named_like_a_picture_and_nothing_may_be_named_by_nothing(root: str) -> None:
+    assert pairs(root, "in/*.png", "out.png/") == {"in/a.png": "out.png/a.png"}
+    storage.write_bytes(storage.join(root, "out.png/b.png"), b"x")
+    assert pairs(root, "in/*.png", "out.png") == {"in/a.png": "out.png/a.png"}
+    for source, target in (("", f"{root}/out"), (f"{root}/in", "")):
+        with pytest.raises(UserError, match="got an empty text"):
+            find_work(source, target)
 
 
 def test_two_sources_of_one_target_are_refused(root: str) -> None:

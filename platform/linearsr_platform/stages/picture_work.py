@@ -75,12 +75,18 @@ def find_work(source: str, target: str | None) -> Work:
         UserError: if there is nothing to read, or a target's format cannot be written.
         OSError: if a store cannot be asked.
     """
+    for name, given in (("IN", source), ("OUT", target)):
+        # Of a variable that is not set, say: it would be the folder that the command runs in.
+        if given == "":
+            raise UserError(f"{name}: got an empty text; expected a path or a URL; fix: . is the working directory")
     source, into = _plain(source), target is not None and target.endswith("/")
     kind = storage.kind(source)
     target = _default_target(source, kind) if target is None else _plain(target)
     if kind == "folder":
+        _refuse_file(target, source, into=into)
         return _into_folder(_inside(source), source, target, f"{storage.shown(source)}: got a folder without images")
     if kind is None and glob.has_magic(source):
+        _refuse_file(target, source, into=into)
         return _into_folder(*_matching(source), target, f"{storage.shown(source)}: matches no image")
     if kind is None:
         raise UserError(f"{storage.shown(source)}: no such file or folder")
@@ -161,6 +167,12 @@ def _outside(names: Sequence[str], root: str, target: str) -> Sequence[str]:
     """Leave out what lies in a target folder below the source: it was made by this command, and would be enlarged again and again."""
     above, into = (storage.absolute(url).rstrip("/") + "/" for url in (root, target))
     return [name for name in names if not (above + name).startswith(into)] if into != above and into.startswith(above) else names
+
+
+def _refuse_file(target: str, source: str, *, into: bool) -> None:
+    """Refuse the name of a picture or a shard for what would become a folder, unless it is one or is said to be one."""
+    if not into and _suffix(target) in (*INPUT_SUFFIXES, SHARD) and storage.kind(target) is None:
+        raise UserError(f"{target}: got suffix {_suffix(target)!r}; expected a folder, because {source} may be many files; fix: {target}/")
 
 
 def _into_folder(names: Sequence[str], root: str, target: str, nothing: str) -> Work:
