@@ -47,6 +47,11 @@ USABLE = 0.8
 """Share of the free memory that a plan may use: allocators fragment, and the plan is an estimate."""
 SYSTEM_MEMORY = Path("/proc/meminfo")
 CONTAINER_MEMORY = Path("/sys/fs/cgroup")
+CONTAINER_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of control groups of the second and the first generation: limit, what is used, and where how much of that is idle page cache."""
 
 
 class PictureTooLarge(ValueError):
@@ -346,8 +351,19 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     fields = dict(line.split(":", 1) for line in SYSTEM_MEMORY.read_text(encoding="ascii").splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = CONTAINER_MEMORY / "memory.max", CONTAINER_MEMORY / "memory.current"
-    if limit.is_file() and limit.read_text(encoding="ascii").strip().isdigit():
-        # The page cache counts as used although it can be had back, so this errs on the safe side.
-        available = min(available, max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii"))))
-    return available
+    return min([available, *_left_of_container()])
+
+
+def _left_of_container() -> list[int]:
+    """Return what the limit of each generation of Linux's control groups leaves; nothing where there is none."""
+    left = []
+    for limit, used, stat, cached in CONTAINER_FILES:
+        if not (CONTAINER_MEMORY / limit).is_file():
+            continue
+        allowed = (CONTAINER_MEMORY / limit).read_text(encoding="ascii").strip()
+        if allowed.isdigit():
+            fields = dict(line.split() for line in (CONTAINER_MEMORY / stat).read_text(encoding="ascii").splitlines())
+            # Files that were read count as used; those that nobody has touched since are given back first.
+            taken = int((CONTAINER_MEMORY / used).read_text(encoding="ascii")) - int(fields.get(cached, 0))
+            left.append(max(0, int(allowed) - max(0, taken)))
+    return left

@@ -241,6 +241,23 @@ def test_parameters_are_counted_from_the_file_and_free_memory_is_a_number_of_byt
 
 
 @pytest.mark.parametrize(
+    ("names", "cached"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"), "total_inactive_file"),
+    ],
+)
+def test_files_that_were_read_take_no_memory_of_a_container(tmp_path, monkeypatch, names, cached):
+    monkeypatch.setattr("linearsr.memory.CONTAINER_MEMORY", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for name, text in zip(names, ("9000000\n", "8000000\n", f"anon 500000\n{cached} 7000000\n"), strict=True):
+        (tmp_path / name).write_text(text)
+    assert free_bytes(torch.device("cpu")) == 8_000_000
+    (tmp_path / names[0]).write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 9_000_000
+
+
+@pytest.mark.parametrize(
     ("device", "size", "instructions", "absorbed"),
     [("cpu", 4, False, True), ("cpu", 2, False, True), ("cpu", 2, True, False), ("cuda", 4, True, True), ("cuda", 2, True, False)],
     ids=str,
