@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
 @pytest.fixture
 def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Three stages in a row, each adding one to what it needs; `settings` and `broken` can be changed between runs."""
-    world: dict[str, Any] = {"settings": {"a": 1, "b": 10, "c": 100}, "broken": None, "folder": tmp_path, "tracker": tracker}
+    world: dict[str, Any] = {"settings": {"a": 1, "b": 10, "c": 100}, "base": 0, "broken": None, "folder": tmp_path, "tracker": tracker}
     world |= {"display": Silent(), "remarks": {}}
 
     def stage(name: str, needs: tuple[str, ...]) -> Stage:
         def run(context: RunContext, url: str, tracked: object) -> StageOutput:
             if world["broken"] == name:
                 raise ValueError(f"{name} is broken")
-            before = sum(context.results[need].data["value"] for need in needs)
+            before = sum(context.results[need].data["value"] for need in needs) if needs else world["base"]
             return StageOutput(name, {"value": before + world["settings"][name]})
 
         return Stage(needs, lambda context: world["settings"][name], run, remark=lambda context, found: world["remarks"].get(name, ""))
@@ -115,6 +116,24 @@ def test_a_changed_setting_redoes_its_stage_and_what_needs_it_and_changing_back_
 def test_redoing_starts_at_the_named_stage(world: dict[str, Any]) -> None:
     go(world)
     assert go(world, redo_from="b")[0] == {"a": "skipped", "b": "done", "c": "done"}
+
+
+def test_a_redone_run_that_ends_early_leaves_no_later_stage_made_from_the_old_ones(world: dict[str, Any]) -> None:
+    go(world)
+    # What a setting does not name has changed, as tags of photographs may: the keys stay the same.
+    world |= {"base": 1000, "broken": "b"}
+    go(world, redo_from="a")
+    world["broken"] = None
+    assert go(world) == ({"a": "skipped", "b": "done", "c": "done"}, {"a": 1001, "b": 1011, "c": 2112})
+
+
+def test_redoing_reaches_stages_whose_settings_are_read_from_earlier_results(world: dict[str, Any]) -> None:
+    stages = pipeline.STAGES
+    stages["c"] = replace(stages["c"], settings=lambda context: context.results["b"].data["value"])
+    go(world)
+    world |= {"base": 1000, "broken": "a"}
+    go(world, redo_from="a")
+    assert not list((world["folder"] / "smoke").glob("?-*"))
 
 
 def test_a_failure_ends_the_run_is_tracked_and_the_next_run_goes_on_there(world: dict[str, Any]) -> None:

@@ -86,6 +86,12 @@ class StageResult:
         # The folder may have been moved since: where it is found is where it is.
         return cls(**{**value, "url": url})
 
+    @staticmethod
+    def remove(url: str) -> None:
+        """Delete a stage's folder; the result goes first, so that a folder with a part of its files never counts as done."""
+        storage.remove(storage.join(url, "result.json"))
+        storage.remove(url)
+
 
 @dataclass(frozen=True)
 class StageOutput:

@@ -7,6 +7,7 @@ that key, so a finished stage is found again, and a changed setting makes a new 
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from linearsr_platform import storage
 from linearsr_platform.data.manifest import load_manifest
@@ -64,13 +65,15 @@ def run_stages(
         records: filled also when a stage fails.
         before_work: called once before the first stage that is not done, to refuse what can never work.
     """
+    if redo_from is not None:
+        _forget(context, stages, redo_from)
     redoing, working = False, False
     for name, stage in stages.items():
         redoing = redoing or name == redo_from
         key = stage_key(context, name, stage)
         url = stage_url(context.run_url, name, key)
         if redoing:
-            storage.remove(url)
+            StageResult.remove(url)
         found = StageResult.read(url)
         if found is not None and stage.suffices(context, found):
             context.results[name] = found
@@ -84,6 +87,23 @@ def run_stages(
             before_work()
             working = True
         _run_stage(context, name, stage, key, url, records)
+
+
+def _forget(context: RunContext, stages: Mapping[str, Stage], redo_from: str) -> None:
+    """Delete what there is of a stage and of all after it, the last first.
+
+    Whatever ends the run early, no later stage is left that was made from what is made anew. As far as there are results: a stage's
+    settings may be read from those of the stages before it.
+    """
+    known, urls = replace(context, results=dict(context.results)), []
+    for name, stage in stages.items():
+        urls.append(stage_url(context.run_url, name, stage_key(known, name, stage)))
+        found = StageResult.read(urls[-1])
+        if found is None:
+            break
+        known.results[name] = found
+    for url in reversed(urls[list(stages).index(redo_from) :]):
+        StageResult.remove(url)
 
 
 def stage_url(run_url: str, name: str, key: str) -> str:
