@@ -58,11 +58,9 @@ def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
     return world
 
 
-def go(world: dict[str, Any], redo_from: str | None = None) -> tuple[dict[str, str], dict[str, int]]:
-    """Run and return each stage's status and value."""
-    loaded = load_recipe(str(SMOKE))
-    context = RunContext(
-        loaded=loaded,
+def open_context(world: dict[str, Any]) -> RunContext:
+    return RunContext(
+        loaded=load_recipe(str(SMOKE)),
         storage_url=str(world["folder"]),
         tracker=world["tracker"],
         pipeline_run=world["tracker"].start_pipeline("smoke"),
@@ -70,6 +68,11 @@ def go(world: dict[str, Any], redo_from: str | None = None) -> tuple[dict[str, s
         user="tester",
         open_cluster=lambda: None,
     )
+
+
+def go(world: dict[str, Any], redo_from: str | None = None) -> tuple[dict[str, str], dict[str, int]]:
+    """Run and return each stage's status and value."""
+    context = open_context(world)
     records: list[StageRecord] = []
     try:
         pipeline.run_pipeline(context, redo_from=redo_from, records=records)
@@ -145,6 +148,18 @@ def test_a_failure_ends_the_run_is_tracked_and_the_next_run_goes_on_there(world:
     assert newest[0].info.status == "FAILED"
     world["broken"] = None
     assert go(world)[0] == {"a": "skipped", "b": "done", "c": "done"}
+
+
+@pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()])
+def test_a_stage_that_is_ended_from_outside_is_recorded_as_stopped(world: dict[str, Any], end: BaseException) -> None:
+    def ended(*_: object) -> StageOutput:
+        raise end
+
+    pipeline.STAGES["b"] = replace(pipeline.STAGES["b"], run=ended)
+    records: list[StageRecord] = []
+    with pytest.raises(type(end)):
+        pipeline.run_pipeline(open_context(world), records=records)
+    assert [record.summary for record in records] == ["a", "stopped; the same command goes on"]
 
 
 def test_a_stage_without_its_result_file_counts_as_not_done(world: dict[str, Any]) -> None:

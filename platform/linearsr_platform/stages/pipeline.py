@@ -20,6 +20,9 @@ from linearsr_platform.tracking.runs import TrackedRun
 FORMAT = 1
 """Raised when the artifacts of an older version can no longer be read."""
 
+STOPPED = "stopped; the same command goes on"
+"""What is said of a stage that was ended from outside."""
+
 TRAINED = ("prepare", "pretrain", "experts", "finetune")
 
 
@@ -136,7 +139,9 @@ def _run_stage(context: RunContext, name: str, stage: Stage, key: str, url: str,
         seconds = time.monotonic() - started
         if output is None:
             error = sys.exception()
-            reason = str(error) or type(error).__name__
+            # Ray makes SystemExit of SIGTERM; what it carries is no reason.
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            reason = STOPPED if stopped else str(error) or type(error).__name__
             records.append(StageRecord(name=name, status="failed", seconds=seconds, summary=reason))
             context.display.stage_failed(name, reason)
     result = StageResult(stage=name, key=key, url=url, summary=output.summary, seconds=seconds, run_id=tracked.run_id, data=output.data)
