@@ -224,6 +224,22 @@ class Guard:
         centre = self._limits["median loss"]
         return centre + (self._limits["loss"] - centre) * sqrt(parts)
 
+    def state(self) -> dict[str, Any]:
+        """Return what it remembers, as JSON, for a run that goes on from a checkpoint."""
+        return {
+            "sound": [[reading.step, reading.loss, reading.grad_norm] for reading in self._sound],
+            "screened": list(self._screened),
+            "strikes": {statistic: list(queue) for statistic, queue in self._strikes.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; a guard that has seen nothing yet is meant."""
+        self._sound += [StepReading(*reading) for reading in state["sound"]]
+        self._screened += state["screened"]
+        for statistic, queue in self._strikes.items():
+            queue += [(step, value) for step, value in state["strikes"][statistic]]
+        self._limits = self._new_limits()
+
     def rolled_back(self, step: int) -> None:
         """Forget the steps after `step`."""
         kept = [reading for reading in self._sound if reading.step <= step]

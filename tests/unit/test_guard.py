@@ -104,6 +104,25 @@ def test_a_rollback_forgets_strikes_and_the_steps_undone() -> None:
     assert guard.loss_limit() is None
 
 
+def test_a_guard_that_goes_on_from_what_another_remembered_comes_to_the_same_faults() -> None:
+    def remembered(guard: Guard) -> Guard:
+        again = Guard(CONFIG)
+        again.restore(json.loads(json.dumps(guard.state())))
+        return again
+
+    seen = fed(steps=600)
+    seen.observe([StepReading(601, 10.0, 1.0), StepReading(602, 10.0, 1.0), StepReading(603, 1e4, 1.0, screened=True)])
+    again = remembered(seen)
+    assert again.loss_limit() == seen.loss_limit() is not None
+    assert again.state() == seen.state()
+    third, screened = [StepReading(604, 10.0, 1.0)], [StepReading(step, 1e4, 1.0, screened=True) for step in range(604, 1000)]
+    for readings, statistic in ((third, "loss"), (screened, "share of screened steps")):
+        faults = [remembered(seen).observe(readings) for _ in range(2)]
+        assert faults == [remembered(again).observe(readings)] * 2
+        assert faults[0] is not None
+        assert faults[0].statistic == statistic
+
+
 def test_screened_steps_neither_strike_nor_move_the_limits() -> None:
     guard = fed()
     before = guard.loss_limit()

@@ -1,160 +1,34 @@
 """The loop on a toy network with the real engine: it learns, stops, resumes exactly, and keeps the right weights."""
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count, islice, pairwise
+import sys
+from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from linearsr.guard import GuardConfig, Trip
+from toy_training import ToyTask, config, outcome_as_read, train_toy, written
+
+from linearsr.guard import GuardConfig
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
-from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.recipe.train_schema import KneeConfig, ValidationConfig, ZeroConfig
 from linearsr_platform.train.deepspeed_config import deepspeed_config
-from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob
-from linearsr_platform.train.loop import run_training
-from linearsr_platform.train.outcome import TrainOutcome
 from linearsr_platform.train.processes import join_group
 from linearsr_platform.train.recovery import TrainingDiverged
 from linearsr_platform.train.schedule import learning_rate
 from linearsr_platform.train.snapshots import Snapshots
-
-TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
-HELD_BACK = torch.randn(4, 3, generator=torch.Generator().manual_seed(99))
-
-
-class ToyTask:
-    """A small regression with noise from the generator; validation counts as PSNR, or follows a planted curve."""
-
-    def __init__(self, curve: tuple[float, ...] = ()) -> None:
-        self.curve = iter(curve) if curve else None
-
-    def build(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
-
-    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = torch.randn(batch["x"].shape, generator=generator)
-        error = self._predict(module, batch["x"] + 0.05 * noise) - batch["y"]
-        return error.square().mean(), {"worst": error.detach().abs().max()}
-
-    def validate(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        error = (self._predict(module, batch["x"]) - batch["y"]).square().mean(1)
-        planted = error if self.curve is None else torch.full_like(error, next(self.curve))
-        return {"psnr_y": -planted if self.curve is None else planted, "gmsd": error}
-
-    def _predict(self, module: nn.Module, x: Tensor) -> Tensor:
-        return module(x.to(module[0].weight.dtype)).float()
-
-
-class ToyBatches:
-    """Batches that depend on their number alone, so that the number is the whole state."""
-
-    def __init__(self, size: int, poison: int | None = None) -> None:
-        self.size, self.poison, self.number = size, poison, 0
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        x = torch.randn(self.size, 3, generator=torch.Generator().manual_seed(self.number))
-        self.number += 1
-        y = x @ TRUTH.T
-        return {"x": x, "y": y * float("nan") if self.number == self.poison else y}
-
-    def state(self) -> dict[str, object]:
-        return {"number": self.number}
-
-    def restore(self, states) -> None:
-        self.number = states[0]["number"]
-
-
-@dataclass
-class Recorder:
-    """Keeps everything the loop reports; `folder` is where the checkpoints are."""
-
-    folder: Path
-    starts: list[int] = field(default_factory=list)
-    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
-    validations: list[int] = field(default_factory=list)
-    checkpoints: list[int] = field(default_factory=list)
-    trips: list[Trip] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-
-    def on_start(self, step) -> None:
-        self.starts.append(step)
-
-    def on_metrics(self, step, values) -> None:
-        self.metrics[step] = dict(values)
-
-    def on_validation(self, step, values, decision) -> None:
-        self.validations.append(step)
-
-    def on_trip(self, step, trip) -> None:
-        self.trips.append(trip)
-
-    def on_checkpoint(self, step) -> None:
-        self.checkpoints.append(step)
-
-    def on_message(self, step, text) -> None:
-        self.messages.append(text)
-
-
-def config(*, stage: int = 2, knee: KneeConfig | None = None, **settings) -> TrainConfig:
-    defaults = {"max_steps": 12, "batch_size": 8, "lr": 0.02, "clip_norm": 1.0, "ema_decay": 0.9, "log_every": 2}
-    every = {"validate_every": 4, "checkpoint_every": 5, "keep_checkpoints": 100}
-    knee = knee or KneeConfig(metrics=("psnr_y", "gmsd"))
-    return TrainConfig(**{**defaults, **every, "zero": ZeroConfig(stage=stage), "knee": knee, **settings})
 
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run the loop on a fresh engine; returns the outcome and what was reported."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-
-    def run(train: TrainConfig, name: str, *, task: ToyTask | None = None, resume=None, init=None, poison=None, batches=None, clock=None):
-        recorder = Recorder(tmp_path / name / "checkpoints")
-        if resume is not None and resume.parent != recorder.folder:
-            shutil.copytree(resume, recorder.folder / resume.name)
-        job = TrainJob(
-            name=name,
-            task="unused:Unused",
-            task_config=None,
-            train=train,
-            validation=ValidationConfig(),
-            train_shards=(),
-            validation_shards=(),
-            output_url=str(tmp_path / name),
-        )
-        engine = DeepSpeedEngine(task or ToyTask(), train, seed=1, init_weights=init)
-        validation = [{"x": HELD_BACK, "y": HELD_BACK @ TRUTH.T}]
-        batches = batches or ToyBatches(train.micro_batch_size, poison)
-        timing = {} if clock is None else {"clock": clock}
-        try:
-            return run_training(engine, batches, validation, job, recorder, checkpoints=str(recorder.folder), **timing), recorder
-        finally:
-            engine.close()
-
-    return run
-
-
-def written(folder: Path) -> TrainOutcome:
-    return TrainOutcome.from_json(storage.read_json(str(folder / "outcome.json")))
-
-
-def outcome_as_read(outcome: TrainOutcome) -> TrainOutcome:
-    """Return the outcome after its way through JSON, where tuples are lists."""
-    return TrainOutcome.from_json(json.loads(json.dumps(outcome.to_json())))
+    return partial(train_toy, tmp_path)
 
 
 def test_rate_warms_up_to_the_peak_and_falls_to_zero() -> None:
@@ -274,92 +148,6 @@ def test_divergence_names_the_step_and_leaves_no_checkpoint_of_it(train, tmp_pat
         train(unguarded, "diverged", poison=4)
     assert [path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()] == ["step_00000002"]
     assert not (tmp_path / "diverged" / "outcome.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")]
-)
-def test_captured_state_comes_back_to_the_bit(monkeypatch, stage: int, precision: str) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    engine = DeepSpeedEngine(ToyTask(), config(stage=stage, precision=precision), seed=1)
-    batches, generator = list(islice(ToyBatches(8), 6)), engine.generator.get_state()
-
-    def losses() -> list[float]:
-        engine.generator.set_state(generator)
-        return [engine.train_step([batch], 0.05).loss.item() for batch in batches]
-
-    fresh = engine.capture()
-    first = losses()
-    later = engine.capture()
-    second = losses()
-    engine.restore(fresh)
-    assert losses() == first
-    engine.restore(later)
-    assert losses() == second
-    engine.train_step([{**batches[0], "y": batches[0]["y"] * float("nan")}], 0.05)
-    engine.restore(later)
-    assert losses() == second
-    assert second != first
-    assert engine.capture(later) is later
-    third = losses()
-    engine.restore(later)
-    assert losses() == third
-    assert third not in (first, second)
-    engine.close()
-
-
-def test_a_nan_takes_training_back_and_it_goes_on_with_other_data(train, tmp_path: Path) -> None:
-    settings = config(max_steps=40, checkpoint_every=20, validate_every=10, log_every=5)
-    outcome, recorder = train(settings, "poisoned", poison=27)
-    (trip,) = recorder.trips
-    assert (trip.step, trip.detected_at, trip.statistic, trip.value) == (27, 30, "loss", "nan")
-    assert (trip.action, trip.rolled_back_to, trip.lr_scale, trip.number) == ("rolled back", 20, 0.5, 1)
-    assert trip.layer is not None
-    assert outcome.trips == [trip.to_json()]
-    assert [point["step"] for point in outcome.history] == [0, 10, 20, 30, 40]
-    assert recorder.checkpoints == [20, 20, 40]
-    assert recorder.metrics[25]["lr"] == pytest.approx((0.5 + 0.5 * 4 / 50) * 0.02)
-    assert outcome.history[-1]["gmsd"] < outcome.history[2]["gmsd"]
-    assert written(tmp_path / "poisoned") == outcome_as_read(outcome)
-    resumed, after = train(settings, "poisoned-on", resume=recorder.folder / "step_00000020-1")
-    assert resumed.trips == outcome.trips
-    assert after.metrics[25] == recorder.metrics[25] | {name: after.metrics[25][name] for name in ("samples_per_s", "seconds")}
-    assert storage.read_bytes(resumed.last_weights) == storage.read_bytes(outcome.last_weights)
-
-
-def test_snapshots_of_undone_steps_go(train, tmp_path: Path) -> None:
-    settings = config(max_steps=40, checkpoint_every=20, validate_every=5, log_every=5)
-    train(settings, "undone", poison=38)
-    files = storage.list_files(str(tmp_path / "undone" / "snapshots"))
-    assert [int(storage.name_of(file)[5:13]) for file in files] == list(range(0, 41, 5))
-
-
-def test_a_fault_that_stays_ends_training_and_names_the_layer(train, tmp_path: Path) -> None:
-    class Broken(ToyTask):
-        def loss(self, module, batch, generator):
-            if batch["number"][0] > 25:
-                module[2].weight.register_hook(lambda gradient: gradient * float("nan"))
-            return super().loss(module, batch, generator)
-
-    class Numbered(ToyBatches):
-        def __next__(self):
-            batch = super().__next__()
-            return {**batch, "number": torch.full((self.size,), self.number)}
-
-    monkeypatched = config(max_steps=60, checkpoint_every=20, log_every=5, guard=GuardConfig(max_rollbacks=2))
-    with pytest.raises(
-        TrainingDiverged, match=r"trip 3 of the guard in a row; .*at most 2 rollbacks .*first seen bad: gradient of 2\.weight on worker 0"
-    ):
-        train(monkeypatched, "lasting", task=Broken(), batches=Numbered(8))
-    assert not (tmp_path / "lasting" / "outcome.json").exists()
-
-
-def test_a_metric_that_is_not_finite_takes_training_back(train) -> None:
-    curve = iter((10.0, 11.0, 12.0, float("inf"), *(13.0 + i for i in range(30))))
-    outcome, recorder = train(config(max_steps=12, validate_every=4, checkpoint_every=4), "metric", task=ToyTask(tuple(curve)))
-    (trip,) = recorder.trips
-    assert (trip.step, trip.statistic, trip.rolled_back_to) == (12, "validation psnr_y", 0)
-    assert [point["psnr_y"] for point in outcome.history] == [10.0, 13.0, 14.0, 15.0]
 
 
 def test_next_stage_starts_from_the_weights_it_is_given(train, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class LoopState:
     """Every trip of the guard so far, those of rolled-back steps too."""
     messages: list[str] = field(default_factory=list)
     """What went wrong and did not stop training: checkpoints that could not be written or read."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard's limits come from, as of the last checkpoint; empty where it is off, and in checkpoints of older versions."""
 
 
 @dataclass(frozen=True)

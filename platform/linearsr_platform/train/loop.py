@@ -132,6 +132,7 @@ class _Loop:
         resumed, said = (None, []) if self._checkpoints is None else self._checkpoints.restore(self._batches, before=before)
         if resumed is not None:
             self._state, self._saved_step = resumed, resumed.step
+            self._recovery.resume(resumed)
         if rank() == 0:
             self._observer.on_start(self._state.step)
         for text in said:
@@ -279,6 +280,7 @@ class _Loop:
     def _checkpoint(self) -> None:
         self._saved_step = self._state.step
         if self._checkpoints is not None:
+            self._state.guard = self._recovery.guard_state()
             self._checkpoints.save(self._state, self._batches)
         self._mark = self._clock()
 

@@ -8,7 +8,7 @@ trip is skipped, and a batch or a draw that did harm is not met again before the
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +79,15 @@ class Recovery:
         self._bytes = 0
         self._norms: dict[str, float] = {}
 
+    def resume(self, state: LoopState) -> None:
+        """Watch on with the limits that there were when `state` was saved."""
+        if self._config.enabled and state.guard:
+            self._guard.restore(state.guard)
+
+    def guard_state(self) -> dict[str, Any]:
+        """Return what the guard remembers, for `LoopState`."""
+        return self._guard.state() if self._config.enabled else {}
+
     def lr_scale(self, state: LoopState, step: int) -> float:
         """Return the factor on the learning rate of the update that follows `step` earlier ones."""
         return lr_scale(self._config, state.trips, step)
@@ -97,9 +106,11 @@ class Recovery:
             self._bytes -= self._records.popleft().num_bytes
 
     def remember(self, state: LoopState) -> None:
-        """Take a restore point, if the present state is good and the last one is some way back."""
-        since = state.step - self._points[-1].step if self._points else None
-        if not self._config.enabled or not self._guard.calm or (since is not None and since < self._config.window):
+        """Take a restore point, if the present state is good and the last one is some way back; the first one in any case."""
+        if not self._config.enabled:
+            return
+        # A run that goes on from a checkpoint has nothing else to go back to.
+        if self._points and (not self._guard.calm or state.step - self._points[-1].step < self._config.window):
             return
         if len(self._points) < POINTS:
             average = [tensor.detach().to("cpu", copy=True) for tensor in self._average.tensors()]
