@@ -38,8 +38,10 @@ def test_captured_state_comes_back_to_the_bit(monkeypatch, stage: int, precision
         engine.generator.set_state(generator)
         return [engine.train_step([batch], 0.05).loss.item() for batch in batches]
 
+    assert engine.optimizer_step() is None
     fresh = engine.capture()
     first = losses()
+    assert engine.optimizer_step() == len(batches)
     later = engine.capture()
     second = losses()
     engine.restore(fresh)

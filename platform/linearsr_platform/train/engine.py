@@ -81,6 +81,8 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, num_parameters), dist_init_required=False
         )
+        # For bfloat16 without ZeRO, DeepSpeed has taken an empty step to make AdamW's state, and AdamW has counted it as an update.
+        self.prepare_moments(None)
         self.layout = layout(self._network, self._engine.optimizer, self.zero_stage)
 
     def train_step(self, batches: Iterable[Batch], lr: float, *, probe: bool = False, loss_limit: float | None = None) -> StepResult:
