@@ -50,7 +50,7 @@ def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
             if world["broken"] == name:
                 raise ValueError(f"{name} is broken")
             before = sum(context.results[need].data["value"] for need in needs) if needs else world["base"]
-            return StageOutput(name, {"value": before + world["settings"][name]})
+            return StageOutput(name, {"value": before + world["settings"][name], "weights": [f"{url}/knee", "s3://elsewhere/knee"]})
 
         return Stage(needs, lambda context: world["settings"][name], run, remark=lambda context, found: world["remarks"].get(name, ""))
 
@@ -160,6 +160,17 @@ def test_a_stage_that_is_ended_from_outside_is_recorded_as_stopped(world: dict[s
     with pytest.raises(type(end)):
         pipeline.run_pipeline(open_context(world), records=records)
     assert [record.summary for record in records] == ["a", "stopped; the same command goes on"]
+
+
+def test_results_of_a_run_that_was_moved_name_files_where_they_are_now(world: dict[str, Any], tmp_path: Path) -> None:
+    world["folder"] = tmp_path / "before"
+    go(world)
+    world["folder"] = world["folder"].rename(tmp_path / "after")
+    context = open_context(world)
+    pipeline.run_pipeline(context, records=[])
+    found = context.results["b"]
+    assert found.data["weights"] == [f"{found.url}/knee", "s3://elsewhere/knee"]
+    assert Path(found.data["weights"][0]).is_relative_to(tmp_path / "after")
 
 
 def test_a_stage_without_its_result_file_counts_as_not_done(world: dict[str, Any]) -> None:

@@ -83,14 +83,24 @@ class StageResult:
         if not storage.exists(file):
             return None
         value: Any = storage.read_json(file)
-        # The folder may have been moved since: where it is found is where it is.
-        return cls(**{**value, "url": url})
+        # The run's folder may have been moved since: where it is found is where it is, and so is what the result names in it.
+        data = _rebased(value["data"], storage.parent(value["url"]), storage.parent(url))
+        return cls(**{**value, "url": url, "data": data})
 
     @staticmethod
     def remove(url: str) -> None:
         """Delete a stage's folder; the result goes first, so that a folder with a part of its files never counts as done."""
         storage.remove(storage.join(url, "result.json"))
         storage.remove(url)
+
+
+def _rebased(value: Any, was: str, now: str) -> Any:
+    """Return JSON in which the URLs of what is below one folder are below another."""
+    if isinstance(value, dict):
+        return {key: _rebased(item, was, now) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rebased(item, was, now) for item in value]
+    return now + value.removeprefix(was) if isinstance(value, str) and value.startswith(f"{was}/") else value
 
 
 @dataclass(frozen=True)
