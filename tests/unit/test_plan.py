@@ -78,20 +78,22 @@ def test_the_paper_recipe_needs_what_its_comments_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "machine", "said"),
+    ("overrides", "machines", "said"),
     [
-        ((), MachineConfig(cpus=1), "pretrain: 2 workers of 1 CPUs each, but the machines (1 x 1 CPUs) have room for 1"),
+        ((), [MachineConfig(cpus=1)], "pretrain: 2 workers of 1 CPUs each, but the machines (1 x 1 CPUs) have room for 1"),
         (
             ("cluster.gpus_per_worker=1", "cluster.num_gpus=8"),
-            MachineConfig(cpus=8, gpus=8, gpu_memory_gb=0.5),
+            [MachineConfig(cpus=8, gpus=8, gpu_memory_gb=0.5)],
             "a worker takes 1.0 GB of a GPU with 0.5 GB",
         ),
-        ((), MachineConfig(cpus=8, memory_gb=2), "a trainer takes"),
-        (("pretrain.workers=64", "pretrain.batch_size=64"), MachineConfig(cpus=64), "photographs for 64 workers"),
+        ((), [MachineConfig(cpus=8, memory_gb=2.5)], "a trainer takes"),
+        ((), [MachineConfig(cpus=1, count=9, memory_gb=1)], "GB of memory each, but the machines (9 x 1 GB) have room for 0"),
+        ((), [MachineConfig(cpus=1, memory_gb=64), MachineConfig(cpus=1, memory_gb=1)], "(1 x 64 GB, 1 x 1 GB) have room for 1"),
+        (("pretrain.workers=64", "pretrain.batch_size=64"), [MachineConfig(cpus=64)], "photographs for 64 workers"),
     ],
 )
-def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ...], machine: MachineConfig, said: str) -> None:
-    problems = plan_run(recipe(*overrides), [machine], {}, folder=FOLDER).problems
+def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ...], machines: list[MachineConfig], said: str) -> None:
+    problems = plan_run(recipe(*overrides), machines, {}, folder=FOLDER).problems
     assert any(said in problem for problem in problems), problems
 
 

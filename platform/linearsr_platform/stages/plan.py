@@ -186,7 +186,15 @@ def _at_once(
     if limits and on_device > max(limits):
         problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
         return 0
-    host = train.workers * memory.host_bytes(gpu=gpu) + TRAINER_BYTES
+    each = memory.host_bytes(gpu=gpu)
+    slots = sum(machine.count * _workers_on(machine, share, each) for machine in machines)
+    if slots < train.workers:
+        have = ", ".join(f"{machine.count} x {machine.memory_gb:g} GB" for machine in machines if machine.memory_gb is not None)
+        problems.append(
+            f"{name}: {train.workers} workers of {each / GIGA:.1f} GB of memory each, but the machines ({have}) have room for {slots}"
+        )
+        return 0
+    host = train.workers * each + TRAINER_BYTES
     total = _memory_bytes(machines)
     if total is not None:
         if host > total:
@@ -198,6 +206,12 @@ def _at_once(
 
 def _room(machines: Sequence[MachineConfig]) -> Room:
     return Room(nodes=tuple(Share(cpus=machine.cpus, gpus=machine.gpus) for machine in machines for _ in range(machine.count)))
+
+
+def _workers_on(machine: MachineConfig, share: Share, worker_bytes: float) -> int:
+    """Return how many workers one machine has room for, as far as its memory is known."""
+    room = Room(nodes=(Share(cpus=machine.cpus, gpus=machine.gpus),)).workers(share)
+    return room if machine.memory_gb is None else min(room, int(machine.memory_gb * GIGA // worker_bytes))
 
 
 def _memory_bytes(machines: Sequence[MachineConfig]) -> float | None:
