@@ -105,6 +105,17 @@ def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:
     assert train_seconds(train, Pace(samples_per_s=None, source="")) is None
 
 
+def test_an_elastic_trainer_is_planned_on_the_workers_that_have_room() -> None:
+    elastic = recipe("pretrain.workers=4", "pretrain.batch_size=12", "pretrain.min_workers=1", "cluster.num_cpus=1")
+    workers = {}
+    for cpus in (1, 2, 9):
+        plan = plan_run(elastic, [MachineConfig(cpus=cpus)], {}, folder=FOLDER)
+        assert not plan.problems
+        assert plan.training[0].crops == 3
+        workers[cpus] = plan.training[0].workers
+    assert workers == {1: 1, 2: 2, 9: 4}
+
+
 def test_experts_queue_where_not_all_have_room() -> None:
     known = {"experts": Pace(samples_per_s=100.0, source="given")}
     plans = [plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], known, folder=FOLDER) for cpus in (2, 4)]

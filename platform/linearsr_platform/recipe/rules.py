@@ -83,7 +83,7 @@ def _stage_rules(where: str) -> Iterator[Rule]:
     yield rule(_crop_fits, ("crop_px",), ("model.codec",))
     yield rule(_latents_hold_a_crop, ("crop_px",), ("data.latents", "data.min_side_px"))
     yield rule(_knee_is_measured, ("knee.metrics",), ("validation.metrics",))
-    yield rule(_workers_fit, ("workers",), ("cluster", "experts.cpus_per_worker"))
+    yield rule(_workers_fit, ("workers", "min_workers"), ("cluster", "experts.cpus_per_worker"))
 
 
 def _one_backbone(recipe: Recipe) -> Iterator[Broken]:
@@ -343,7 +343,7 @@ def _workers_fit(recipe: Recipe, where: str, stage: TrainConfig) -> Iterator[Bro
     if cluster.address is not None or cluster.num_cpus is None:
         return
     shared = None if where == "pretrain" else recipe.experts.cpus_per_worker
-    needed = stage.workers * (cluster.cpus_per_worker if shared is None else shared)
+    needed = stage.least_workers * (cluster.cpus_per_worker if shared is None else shared)
     if needed > cluster.num_cpus:
         rule = f"workers that need at most cluster.num_cpus = {cluster.num_cpus} CPUs together, not {needed:g}"
-        yield Broken(f"{where}.workers", stage.workers, rule)
+        yield Broken(f"{where}.{'workers' if stage.min_workers is None else 'min_workers'}", stage.least_workers, rule)

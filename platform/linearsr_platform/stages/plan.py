@@ -28,7 +28,7 @@ class TrainingPlan:
     stage: str
     trainers: int
     workers: int
-    """Of each trainer."""
+    """Of each trainer; fewer than the recipe says where there is room for no more, and it may start with them."""
     share: Share
     """Of each worker."""
     at_once: int
@@ -116,7 +116,7 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
         for name, train, trainers, cpus in stages
     )
     pictures, tars = count_pictures(recipe.data, folder)
-    needed = max(stage.workers for stage in training)
+    needed = max(train.workers for _, train, _, _ in stages)
     if pictures < needed and not tars:
         problems.append(f"data: {pictures} photographs for {needed} workers, each of which reads shards of its own")
     other = {name: pace.stage_s for name, pace in paces.items() if pace.stage_s is not None}
@@ -147,6 +147,8 @@ def _plan_stage(
     pace: Pace | None,
     problems: list[str],
 ) -> TrainingPlan:
+    # An elastic trainer starts with what there is room for.
+    train = train.on_workers(min(train.workers, max(train.least_workers, _room(machines).workers(share))))
     size = network_size(recipe.model, train)
     memory = footprint(train, parameters=size.parameters, activation_bytes=size.activation_bytes, gpu=share.gpus > 0)
     at_once = _at_once(name, train, trainers, share, machines, memory, problems)

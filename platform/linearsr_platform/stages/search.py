@@ -64,7 +64,7 @@ def check_room(context: RunContext) -> None:
     if recipe.cluster.address is None:
         trials_at_once(share, room, wanted=None)
         if "pretrain" not in context.results:
-            require_room({"pretrain": recipe.pretrain.workers}, share, room)
+            require_room({"pretrain": recipe.pretrain.least_workers}, share, room)
         # Finalists have one worker each, with the share of an expert's worker.
         require_room({"finalists": 1}, replace(share, cpus=recipe.experts.cpus_per_worker or share.cpus), room)
 
