@@ -17,7 +17,7 @@ from linearsr_platform.stages.activations import network_size
 from linearsr_platform.stages.context import StageResult
 from linearsr_platform.stages.pace import Pace, paces, train_seconds
 from linearsr_platform.stages.plan import plan_run
-from linearsr_platform.train.footprint import footprint
+from linearsr_platform.train.footprint import disk_bytes, footprint
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
@@ -95,6 +95,13 @@ def test_the_paper_recipe_needs_what_its_comments_say() -> None:
 def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ...], machines: list[MachineConfig], said: str) -> None:
     problems = plan_run(recipe(*overrides), machines, {}, folder=FOLDER).problems
     assert any(said in problem for problem in problems), problems
+
+
+def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written() -> None:
+    kept = [recipe("pretrain.max_steps=100", "pretrain.validate_every=50", f"pretrain.keep_checkpoints={count}") for count in (2, 7)]
+    two, seven = (disk_bytes(one.pretrain, parameters=1000) for one in kept)
+    assert two == 1000 * (16 * 3 + 4 * 4)
+    assert seven - two == 5 * 16000
 
 
 def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:

@@ -15,8 +15,6 @@ from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
 from linearsr_platform.train.footprint import Footprint, disk_bytes, footprint
 
 GIGA = 1e9
-CHECKPOINTS = 3
-"""Full checkpoints of a trainer at once: two that are kept and the one being written."""
 AFTER_S = 3.0
 """From a trainer's last step to its end."""
 
@@ -166,7 +164,7 @@ def _plan_stage(
         tokens=size.tokens,
         parameters=size.parameters,
         memory=memory,
-        disk_bytes=trainers * disk_bytes(train, parameters=size.parameters, checkpoints=CHECKPOINTS),
+        disk_bytes=trainers * disk_bytes(train, parameters=size.parameters),
         seconds=seconds,
         source=(pace.source if pace else "max_seconds") if seconds is not None else "",
     )

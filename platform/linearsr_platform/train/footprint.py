@@ -85,13 +85,13 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, g
     )
 
 
-def disk_bytes(train: TrainConfig, *, parameters: int, checkpoints: int) -> float:
-    """Return what one trainer has on disk at most: full checkpoints, and averaged weights of validations.
+def disk_bytes(train: TrainConfig, *, parameters: int) -> float:
+    """Return what one trainer has on disk at most: full checkpoints, the one being written among them, and averaged weights of validations.
 
     Args:
         train: the stage.
         parameters: of the network.
-        checkpoints: kept at once, the one being written among them.
     """
+    checkpoints = train.keep_checkpoints + 1
     snapshots = min(train.knee.keep, train.max_steps // train.validate_every + 1) + 1
     return parameters * FLOAT32 * (checkpoints * (1 + MOMENTS + 1) + snapshots)
