@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from toy_training import ToyBatches, ToyTask, config, outcome_as_read, train_toy, written
+from toy_loop import ToyBatches, ToyTask, config, outcome_as_read, train_toy, written
 
 from linearsr.guard import GuardConfig
 from linearsr_platform import storage

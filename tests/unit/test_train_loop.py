@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from toy_training import ToyTask, config, outcome_as_read, train_toy, written
+from toy_loop import ToyTask, config, outcome_as_read, train_toy, written
 
 from linearsr.guard import GuardConfig
 from linearsr_platform import storage
