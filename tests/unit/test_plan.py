@@ -43,7 +43,9 @@ def test_zero_shares_out_what_its_stage_says(stage: int, precision: str, dtype: 
     assert memory.weights == 1000 * dtype / shares[2]
     assert memory.activations == 7
     assert memory.restore_points == 2 * memory.checkpoint_copy == 32000 / shares[0]
-    assert footprint(recipe(*settings).pretrain, parameters=1000, activation_bytes=7, gpu=True).checkpoint_copy == 2**14 / shares[0]
+    on_gpu = footprint(recipe(*settings).pretrain, parameters=1000, activation_bytes=7, gpu=True)
+    assert on_gpu.checkpoint_copy == 2**14 / shares[0]
+    assert (memory.saving, on_gpu.saving) == (12000 - memory.gradients - 7, 12000)
 
 
 def test_activations_are_those_of_a_real_forward() -> None:

@@ -16,7 +16,9 @@ from linearsr.guard import GuardConfig
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
 from linearsr_platform.recipe.train_schema import KneeConfig, ValidationConfig, ZeroConfig
+from linearsr_platform.train import sharding
 from linearsr_platform.train.deepspeed_config import deepspeed_config
+from linearsr_platform.train.engine import DeepSpeedEngine
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.processes import join_group
 from linearsr_platform.train.recovery import TrainingDiverged
@@ -148,6 +150,20 @@ def test_divergence_names_the_step_and_leaves_no_checkpoint_of_it(train, tmp_pat
         train(unguarded, "diverged", poison=4)
     assert [path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()] == ["step_00000002"]
     assert not (tmp_path / "diverged" / "outcome.json").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_only_worker_0_copies_whole_weights_to_host_memory(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    engine = DeepSpeedEngine(ToyTask(), config(stage=stage), seed=1)
+    copied: list[int] = []
+    monkeypatch.setattr(sharding, "_to_host", lambda value: copied.append(value.numel()) or value.clone())
+    first = engine.full_weights()
+    assert sum(copied) == sum(weight.numel() for weight in first.values()) == 3 * 16 + 16 + 16 + 1
+    monkeypatch.setattr("linearsr_platform.train.engine.rank", lambda: 1)
+    assert engine.full_weights() == {}
+    assert len(copied) == len(first)
+    engine.close()
 
 
 def test_next_stage_starts_from_the_weights_it_is_given(train, tmp_path: Path) -> None:

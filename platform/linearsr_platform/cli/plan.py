@@ -110,7 +110,7 @@ def _show(planned: "RunPlan", *, gpu: bool) -> None:
         stages.add_row(*_row(stage))
     console.print(stages)
     memory = Table("worker takes, GB", *TRAINING, box=None, pad_edge=False)
-    for term in ("weights", "gradients", "optimizer", "average", "activations", "restore_points", "checkpoint_copy", "fixed"):
+    for term in ("weights", "gradients", "optimizer", "average", "activations", "restore_points", "checkpoint_copy", "saving", "fixed"):
         memory.add_row(term.replace("_", " "), *(f"{getattr(stage.memory, term) / 1e9:.3g}" for stage in planned.training))
     where = "on the GPU" if gpu else "in all"
     memory.add_row(where, *(f"{stage.memory.device_bytes(gpu=gpu) / 1e9:.3g}" for stage in planned.training))

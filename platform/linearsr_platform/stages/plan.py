@@ -186,7 +186,8 @@ def _at_once(
     if limits and on_device > max(limits):
         problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
         return 0
-    each = memory.host_bytes(gpu=gpu)
+    # Of all workers but the first, which saves beside it.
+    each = memory.host_bytes(gpu=gpu) - memory.saving
     slots = sum(machine.count * _workers_on(machine, share, each) for machine in machines)
     if slots < train.workers:
         have = ", ".join(f"{machine.count} x {machine.memory_gb:g} GB" for machine in machines if machine.memory_gb is not None)
@@ -194,7 +195,7 @@ def _at_once(
             f"{name}: {train.workers} workers of {each / GIGA:.1f} GB of memory each, but the machines ({have}) have room for {slots}"
         )
         return 0
-    host = train.workers * each + TRAINER_BYTES
+    host = train.workers * each + memory.saving + TRAINER_BYTES
     total = _memory_bytes(machines)
     if total is not None:
         if host > total:

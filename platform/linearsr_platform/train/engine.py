@@ -147,8 +147,7 @@ class DeepSpeedEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return the state dict of the task's network, parameters in float32, on the CPU; empty on workers other than 0."""
-        weights = sharding.full_weights(self._network, self._engine.optimizer)
-        return weights if rank() == 0 else {}
+        return sharding.full_weights(self._network, self._engine.optimizer, keep=rank() == 0)
 
     def spans(self) -> list[Span]:
         """Return live weights, moments if there are any yet, buffers and frozen parameters, as far as this worker has them."""

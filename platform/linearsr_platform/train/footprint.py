@@ -20,6 +20,8 @@ DEVICE_BYTES = 1.0e9
 """CUDA context, communication buffers and libraries' workspaces on a GPU."""
 RESTORE_POINTS = 2
 """Kept by the guard in host memory; see `train.recovery.POINTS`."""
+SAVED_COPIES = 3
+"""Of the averaged weights when a validation saves them: whole, and twice as bytes, because safetensors joins those of each parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,9 @@ class Footprint:
     """Of the guard, in host memory."""
     checkpoint_copy: float
     """What a checkpoint is written from while training goes on, in host memory."""
+    saving: float
+    """Of worker 0 alone, in host memory: what it saves after a validation. On a CPU without gradients and activations, which are gone
+    then."""
     fixed: float
     """Process, context and buffers, whatever is trained."""
 
@@ -48,12 +53,16 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
     def device_bytes(self, *, gpu: bool) -> float:
-        """Bytes on the device that trains; on a CPU that is host memory."""
-        return self.model + (DEVICE_BYTES if gpu else self.restore_points + self.checkpoint_copy + self.fixed)
+        """Bytes on the device that trains; on a CPU that is host memory, of worker 0."""
+        return self.model + (DEVICE_BYTES if gpu else self._host)
 
     def host_bytes(self, *, gpu: bool) -> float:
-        """Bytes in host memory."""
-        return self.restore_points + self.checkpoint_copy + self.fixed + (0.0 if gpu else self.model)
+        """Bytes in host memory, of worker 0."""
+        return self._host + (0.0 if gpu else self.model)
+
+    @property
+    def _host(self) -> float:
+        return self.restore_points + self.checkpoint_copy + self.saving + self.fixed
 
 
 def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, gpu: bool = False) -> Footprint:
@@ -72,15 +81,18 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, g
     copies = 1 if dtype != FLOAT32 or stage > 0 else 0
     owned = parameters / shared_optimizer
     state = owned * FLOAT32 * (1 + MOMENTS + 1)
+    gradients = parameters * dtype / shared_gradients
+    saved = SAVED_COPIES * FLOAT32 * float(parameters)
     return Footprint(
         weights=parameters * dtype / shared_weights,
-        gradients=parameters * dtype / shared_gradients,
+        gradients=gradients,
         optimizer=owned * FLOAT32 * (MOMENTS + copies),
         average=owned * FLOAT32,
         activations=activation_bytes,
         restore_points=RESTORE_POINTS * state if train.guard.enabled else 0.0,
         # Torch takes pinned memory in powers of two.
         checkpoint_copy=float(2 ** ceil(log2(state))) if gpu else state,
+        saving=saved if gpu else max(0.0, saved - gradients - activation_bytes),
         fixed=PROCESS_BYTES + READER_BYTES,
     )
 

@@ -80,15 +80,22 @@ def restore(optimizer: Any, stage: int, shares: Shares) -> None:
 
 
 @torch.no_grad()
-def full_weights(network: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Return the network's state dict with whole parameters in float32, on the CPU. Collective from stage 1 on."""
+def full_weights(network: nn.Module, optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
+    """Return the network's state dict with whole parameters in float32, on the CPU. Collective from stage 1 on.
+
+    Args:
+        network: of the task.
+        optimizer: DeepSpeed's.
+        keep: whether this worker wants them; others take part, let go of each parameter at once, and return nothing.
+    """
     masters = {id(parameter): master for parameter, master in bfloat16_copies(optimizer)}
     weights = {}
     for name, value in network.state_dict(keep_vars=True).items():
         full = masters.get(id(value), value)
         if isinstance(value, nn.Parameter) and full is value:
             full = _gathered(value)
-        weights[name] = full.detach().cpu().clone()
+        if keep:
+            weights[name] = _to_host(full)
     return weights
 
 
