@@ -258,6 +258,25 @@ def test_a_store_that_refuses_for_now_costs_no_photograph_and_no_finished_work(
     assert run(config(store, samples_per_shard=1), tmp_path / "out").quarantined == ()
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EBUSY, "Please slow down."), PermissionError("The provided token has expired.")])
+def test_a_store_that_refuses_a_side_file_for_now_costs_no_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    store = f"memory://{uuid4().hex}"
+    storage.write_bytes(f"{store}/a.png", file_of(photo(0)))
+    storage.write_bytes(f"{store}/a.json", b"{}")
+    usual = storage.read_bytes
+
+    def failing(url: str) -> bytes:
+        if url.endswith("a.json"):
+            raise error
+        return usual(url)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    with pytest.raises(StageError, match=r"a\.json: cannot be fetched: .*; fix: the store or the credentials, and run the stage again"):
+        run(config(store), tmp_path / "out")
+
+
 def test_names_that_are_no_text_and_folders_that_are_links(tmp_path: Path) -> None:
     folder = fill(tmp_path / "in", "a.png")
     (tmp_path / "elsewhere").mkdir()

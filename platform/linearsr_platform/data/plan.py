@@ -14,11 +14,10 @@ from linearsr_platform.data.executor import Choose, OnProgress
 from linearsr_platform.data.images import BadImageError, Decoded, decode_image, sharpness
 from linearsr_platform.data.manifest import Quarantined
 from linearsr_platform.data.records import folder_of, read_records, write_record
-from linearsr_platform.data.sources import Candidate
+from linearsr_platform.data.sources import Candidate, away, is_away
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.data_schema import DataConfig
 from linearsr_platform.recipe.identity import stable_hash
-from linearsr_platform.remote import passes
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
@@ -106,10 +105,8 @@ def load_bytes(candidate: Candidate) -> bytes:
     try:
         return candidate.read()
     except OSError as error:
-        # A store that throttles, or whose credentials ran out, says nothing about the photograph.
-        if passes(error) or (isinstance(error, PermissionError) and not storage.is_local(candidate.url)):
-            told = f"{storage.shown(candidate.url)}: cannot be fetched: {storage.shown(str(error))}"
-            raise StageError(f"{told}; fix: the store or the credentials, and run the stage again") from error
+        if is_away(candidate.url, error):
+            raise away(candidate.url, error) from error
         raise BadImageError(f"{UNREADABLE}{error.strerror or error}") from error
 
 

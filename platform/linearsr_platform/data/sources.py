@@ -14,9 +14,10 @@ from linearsr_platform.data.executor import Choose, OnProgress, alone
 from linearsr_platform.data.images import SUFFIXES
 from linearsr_platform.data.labels import Label, parse_label, read_table
 from linearsr_platform.data.tars import Member, index_tar, read_part
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.local import files_below
 from linearsr_platform.recipe.data_schema import DataConfig, SourceConfig
+from linearsr_platform.remote import passes
 
 PACKAGE_SCHEME = "package://"
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "cv2": "opencv-python", "PIL": "pillow"}
@@ -256,13 +257,28 @@ def _side_of(file: str, listing: Mapping[str, Found]) -> str | None:
     return next((f"{stem}{suffix}" for suffix in MEMBER_LABELS[:2] if f"{stem}{suffix}" in listing), None)
 
 
+def is_away(url: str, error: OSError) -> bool:
+    """Tell whether an error says nothing about a file, but that its store throttles, or that the credentials for it ran out."""
+    return passes(error) or (isinstance(error, PermissionError) and not storage.is_local(url))
+
+
+def away(url: str, error: OSError) -> StageError:
+    """Return the error of a file whose store `is_away`."""
+    told = f"{storage.shown(url)}: cannot be fetched: {storage.shown(str(error))}"
+    return StageError(f"{told}; fix: the store or the credentials, and run the stage again")
+
+
 def _with_side_files(work: _Labelling) -> list[Candidate]:
     """Read the side files of some images."""
     candidates = []
     for file, found, side in work.images:
         try:
             label, problem = parse_label(side, storage.read_bytes(side)), ""
-        except (ValueError, FileNotFoundError, PermissionError) as error:
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and is_away(side, error):
+                raise away(side, error) from error
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+                raise
             label, problem = Label(), _unreadable(side, error)
         candidates.append(Candidate(work.name, file, found.url, label, problem, stamp=found.stamp))
     return candidates
