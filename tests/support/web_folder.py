@@ -25,6 +25,8 @@ class WebFolder(ThreadingHTTPServer):
         """What those with a login said of it."""
         self.gone: set[str] = set()
         """Paths of files that it lists and does not have."""
+        self.moved: dict[str, str] = {}
+        """Where files have gone to, by path."""
         self.fixed: dict[str, bytes] = {}
         """Answers that are no files, by path."""
         self.headers: dict[str, str] = {}
@@ -54,6 +56,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if path in self.server.fixed:
             self._send(200, self.server.fixed[path], {"Content-Type": "application/json"}, body=body)
+            return
+        if path in self.server.moved:
+            self._send(302, b"", {"Location": self.server.moved[path]}, body=body)
             return
         file = self.server.root / path.lstrip("/")
         if file.is_dir():

@@ -220,6 +220,18 @@ def test_a_login_in_an_address_is_used_and_not_shown(tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").read_bytes() == CONTENT
 
 
+def test_a_login_is_not_sent_on_to_another_host(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/a.pth").write_bytes(CONTENT)
+    with web_folder(tmp_path / "store") as store, web_folder(tmp_path) as server:
+        server.moved["/a.pth"] = f"{store.url}/a.pth"
+        server.moved["/old.pth"] = "/store/a.pth"
+        for name in ("a.pth", "old.pth"):
+            fetch(f"{server.url.replace('//', '//bob:secret@')}/{name}", tmp_path / name)
+            assert (tmp_path / name).read_bytes() == CONTENT
+        assert (store.logins, len(server.logins)) == ([], 3)
+
+
 def test_a_folder_that_was_filled_is_a_mirror_whose_hashes_count(mirror: Path, arguments: list[str], tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run("prefetch", *arguments, "--from", mirror, "--into", first)

@@ -11,10 +11,10 @@ from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 from socket import gaierror
-from typing import IO
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from linearsr_platform import storage
 from linearsr_platform.errors import StageError
@@ -129,7 +129,7 @@ def _opened(url: str, headers: dict[str, str]) -> Iterator[tuple[IO[bytes], int,
     plain, login = _without_login(url)
     request = Request(plain, headers={"User-Agent": "linearsr", **login, **headers})  # noqa: S310 (the scheme is one of WEB)
     try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310 (the same)
+        with build_opener(_Redirects).open(request, timeout=TIMEOUT_S) as response:
             yield response, response.status, response.headers
     except HTTPError as error:
         raise _meant(error)(f"{storage.shown(url)}: HTTP status {error.code}, {error.reason}") from error
@@ -139,6 +139,16 @@ def _opened(url: str, headers: dict[str, str]) -> Iterator[tuple[IO[bytes], int,
         raise kind(f"{storage.shown(url)}: {error.reason}") from error
     except HTTPException as error:
         raise CutOffError(f"{storage.shown(url)}: {type(error).__name__}") from error
+
+
+class _Redirects(HTTPRedirectHandler):
+    """A login is its host's: another one, such as a store that addresses are signed for, is not to see it, and may refuse it."""
+
+    def redirect_request(self, req: Request, *answer: Any) -> Request | None:
+        again = super().redirect_request(req, *answer)
+        if again is not None and again.host != req.host:
+            again.remove_header("Authorization")
+        return again
 
 
 def _without_login(url: str) -> tuple[str, dict[str, str]]:
