@@ -362,7 +362,9 @@ def _left_of_container() -> list[int]:
             continue
         allowed = (CONTAINER_MEMORY / limit).read_text(encoding="ascii").strip()
         if allowed.isdigit():
-            fields = dict(line.split() for line in (CONTAINER_MEMORY / stat).read_text(encoding="ascii").splitlines())
+            # gVisor has the first two files alone.
+            told = (CONTAINER_MEMORY / stat).read_text(encoding="ascii") if (CONTAINER_MEMORY / stat).is_file() else ""
+            fields = dict(line.split() for line in told.splitlines())
             # Files that were read count as used; those that nobody has touched since are given back first.
             taken = int((CONTAINER_MEMORY / used).read_text(encoding="ascii")) - int(fields.get(cached, 0))
             left.append(max(0, int(allowed) - max(0, taken)))
