@@ -115,6 +115,14 @@ def test_a_folder_may_be_named_like_a_picture_and_nothing_may_be_named_by_nothin
             find_work(source, target)
 
 
+def test_a_link_to_the_target_is_no_source(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "in/a.png"), b"x")
+    storage.write_bytes(str(tmp_path / "out/a.png"), b"x")
+    (tmp_path / "in/large").symlink_to(tmp_path / "out")
+    for source in ("in", "in/*"):
+        assert pairs(str(tmp_path), source, "out") == {"in/a.png": "out/a.png"}
+
+
 def test_two_sources_of_one_target_are_refused(root: str) -> None:
     storage.write_bytes(storage.join(root, "in/b.png"), b"x")
     with pytest.raises(UserError, match=r"expected one source for each file"):

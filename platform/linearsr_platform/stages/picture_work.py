@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 
 from fsspec.utils import glob_translate
@@ -166,6 +167,11 @@ def _with_folders(name: str) -> Iterable[str]:
 def _outside(names: Sequence[str], root: str, target: str) -> Sequence[str]:
     """Leave out what lies in a target folder below the source: it was made by this command, and would be enlarged again and again."""
     above, into = (storage.absolute(url).rstrip("/") + "/" for url in (root, target))
+    if storage.is_local(root) and storage.is_local(target):
+        # A link below the source may lead to the target.
+        real = cache(lambda folder: os.path.realpath(folder).rstrip("/") + "/")
+        into = real(into)
+        return [name for name in names if real(above).startswith(into) or not real(os.path.dirname(above + name)).startswith(into)]
     return [name for name in names if not (above + name).startswith(into)] if into != above and into.startswith(above) else names
 
 
