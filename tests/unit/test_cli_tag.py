@@ -85,6 +85,15 @@ def test_a_picture_that_cannot_be_read_is_told_at_the_end(folder: Path) -> None:
     assert not (folder / "broken.json").exists()
 
 
+def test_photographs_behind_links_to_folders_are_tagged_as_prepare_takes_them(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder / "cup.png").rename(folder.parent / "elsewhere/cup.png")
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
+    code, output = run(folder)
+    assert code == 0, output
+    assert (folder / "linked/cup.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,5 +1,6 @@
 """`linearsr tag`: what photographs show, written beside them in the files that `prepare` reads."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import has_magic
@@ -98,13 +99,18 @@ def tag(
 
 def _sides(folder: Path) -> dict[Path, dict[str, object]]:
     """Return what is said beside each photograph, every broken file at once as one error."""
+    from fsspec.implementations.local import LocalFileSystem
+
     from linearsr_platform.data.images import SUFFIXES
     from linearsr_platform.data.labels import side_fields
+    from linearsr_platform.local import files_below
 
     if not folder.is_dir():
         raise UserError(f"{folder}: got no such folder; expected one with photographs")
     # A link to nothing is told with what cannot be read; a folder or a device is no photograph, whatever its name.
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists()))
+    # Those behind links to folders too, as `prepare` takes them.
+    found = (folder / os.path.relpath(file, folder) for file in files_below(LocalFileSystem(), os.path.abspath(folder)))
+    files = sorted(path for path in found if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists()))
     if not files:
         raise UserError(f"{folder}: got a folder without images; expected files that end in {', '.join(SUFFIXES)}")
     sides, problems = {}, []
