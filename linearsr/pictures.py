@@ -36,6 +36,8 @@ DECODING_ERRORS = (
 IPTC = 0x0404
 """Photoshop's number of it in a JPEG."""
 PNG_XMP = "XML:com.adobe.xmp"
+PNG_EXIF = "Raw profile type exif"
+"""What ImageMagick calls it, and Pillow reads as EXIF."""
 MOST_DPI = 65535
 """What a JPEG can say."""
 LUMA = (0.299, 0.587, 0.114)
@@ -166,7 +168,7 @@ def _texts(image: Image.Image) -> list[str]:
     tags: Any = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     iptc = Base.IPTCNAA in tags or IPTC in (image.info.get("photoshop") or {})
     texts = image.text if isinstance(image, PngImageFile) else {}
-    found = [f"text {keyword!r}" for keyword in texts if keyword != PNG_XMP]
+    found = [f"text {keyword!r}" for keyword in texts if keyword not in (PNG_XMP, PNG_EXIF)]
     return [*(["IPTC"] if iptc else []), *(["comment"] if image.info.get("comment") else []), *found]
 
 

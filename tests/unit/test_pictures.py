@@ -116,6 +116,14 @@ def test_resolution_is_kept_and_texts_are_left_out_with_a_word():
     assert fit_format(replace(picture, exif=None), ".webp").notes[-1] == "resolution left out: WebP has no place for it but EXIF"
 
 
+def test_exif_that_a_png_has_as_a_text_is_kept_and_not_said_to_be_left_out():
+    exif, texts = Image.Exif(), PngInfo()
+    exif[0x0110] = "Camera"
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
+    picture = decode_picture(encoded(rgb(), "PNG", pnginfo=texts), "a.png")
+    assert (picture.exif, picture.notes) == (exif.tobytes(), ())
+
+
 def test_iptc_is_left_out_with_a_word_and_no_resolution_is_made_up():
     block = b"8BIM\x04\x04\0\0" + struct.pack(">I", 4) + b"\x1c\x02\x05\0"
     segment = b"\xff\xed" + struct.pack(">H", 2 + 14 + len(block)) + b"Photoshop 3.0\0" + block
