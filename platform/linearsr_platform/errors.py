@@ -45,10 +45,10 @@ class RecipeProblem:
     """What to do, often the nearest valid key; empty if the rule says it all."""
 
     def __str__(self) -> str:
-        """Write the problem as one line."""
+        """Write the problem as one line, without the passwords in its URLs: each is shown by itself."""
         where = f"{self.file}: {self.key}" if self.key else self.file
         got = f"got {self.value}; expected {self.rule}" if self.value else self.rule
-        return f"{where}: {got}" + (f"; fix: {self.fix}" if self.fix else "")
+        return without_logins(f"{where}: {got}" + (f"; fix: {self.fix}" if self.fix else ""))
 
 
 class RecipeErrors(UserError):

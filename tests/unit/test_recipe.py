@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from minimal_recipe import MINIMAL, problems_of, write_recipe
 
 from linearsr.guard import GuardConfig
+from linearsr_platform.errors import RecipeErrors
 from linearsr_platform.recipe.document import parse_document
 from linearsr_platform.recipe.identity import changes, stable_hash
 from linearsr_platform.recipe.load import load_recipe
@@ -341,3 +342,10 @@ def test_a_recipe_as_it_is_kept_holds_no_password(write):
     assert "hush" not in str(loaded.resolved)
     other = load_recipe(write(MINIMAL), None, ["tracking.uri=postgresql://me:changed@host/mlflow"])
     assert other.hash == loaded.hash
+
+
+def test_a_problem_shows_no_password_in_its_url(write):
+    with pytest.raises(RecipeErrors) as caught:
+        load_recipe(write(MINIMAL), None, ["tracking.uri=http://ada:secret@[::1:5000"])
+    assert "http://***@[::1:5000" in str(caught.value.errors[0])
+    assert not any("secret" in str(problem) for problem in caught.value.errors)
