@@ -102,3 +102,11 @@ def test_what_was_deleted_is_registered_and_promoted_again(go: Go, tracker: Trac
     tracker.client.delete_registered_model(f"{name}.history")
     assert [status for status, _ in go().values()] == ["done", "done"]
     assert aliases_of(tracker.client, name) == {"challenger": 1, "champion": 1}
+
+
+def test_a_missing_alias_is_told_as_such(go: Go, tracker: Tracker, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    go("register")
+    tracker.client.delete_registered_model_alias(name, "challenger")
+    capsys.readouterr()
+    assert go("register")["register"][0] == "skipped"
+    assert "register: alias challenger is no version's by now" in capsys.readouterr().out

@@ -28,7 +28,9 @@ def suffices(context: RunContext, found: StageResult) -> bool:
 def remark(context: RunContext, found: StageResult) -> str:
     """Say which version is the challenger, if that is another one by now: who registered it later wants it to stay."""
     challenger = aliases_of(context.tracker.client, found.data["name"]).get(CHALLENGER)
-    return "" if challenger == int(found.data["version"]) else f"alias {CHALLENGER} is version {challenger}'s by now"
+    if challenger == int(found.data["version"]):
+        return ""
+    return f"alias {CHALLENGER} is {'no version' if challenger is None else f'version {challenger}'}'s by now"
 
 
 def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
