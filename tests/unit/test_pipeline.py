@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from prepared_photos import fill
 
+from linearsr_platform.data.sources import list_source
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.report.model import StageRecord
 from linearsr_platform.stages import pipeline, prepare
@@ -108,6 +109,32 @@ def test_photographs_that_changed_under_their_names_are_remarked(tmp_path: Path)
     assert prepare.remark(context, StageResult(**common, data={"digest": "of an earlier version"})) == ""
 
 
+def test_photographs_are_listed_once_to_find_prepared_data_again(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store of a million files each listing takes minutes."""
+    fill(tmp_path / "photos", "0.png", "1.png")
+    loaded = load_recipe(str(SMOKE), None, [f"data.sources={{mine: {{url: {tmp_path}/photos}}}}", "data.held_out=[]"])
+    stages, listed = {"prepare": pipeline.STAGES["prepare"]}, []
+
+    def listing(*args: Any) -> Any:
+        listed.append(args)
+        return list_source(*args)
+
+    monkeypatch.setattr(prepare, "list_source", listing)
+
+    def run() -> tuple[int, list[str]]:
+        listed.clear()
+        world: dict[str, Any] = {"folder": tmp_path, "tracker": tracker, "display": Silent()}
+        context, records = replace(open_context(world), loaded=loaded), []
+        pipeline.run_stages(context, stages, redo_from=None, records=records)
+        return len(listed), [record.status for record in records]
+
+    monkeypatch.setitem(
+        stages, "prepare", replace(stages["prepare"], run=lambda context, *_: StageOutput("", {prepare.SIZES: prepare._sizes(context)}))
+    )
+    assert run() == (1, ["done"])
+    assert run() == (1, ["skipped"])
+
+
 def test_a_changed_setting_redoes_its_stage_and_what_needs_it_and_changing_back_finds_the_old_result(world: dict[str, Any]) -> None:
     go(world)
     world["settings"]["b"] = 20
@@ -177,3 +204,18 @@ def test_a_stage_without_its_result_file_counts_as_not_done(world: dict[str, Any
     go(world)
     next((world["folder"] / "smoke").glob("c-*/result.json")).unlink()
     assert go(world)[0] == {"a": "skipped", "b": "skipped", "c": "done"}
+
+
+def test_redoing_makes_files_anew_that_later_settings_are_read_from_and_that_are_gone(world: dict[str, Any]) -> None:
+    """As a search's `trials`, whose key has a hash of the weights of `pretrain`."""
+    stages, weights = pipeline.STAGES, world["folder"] / "weights"
+    make = stages["a"].run
+
+    def run(context: RunContext, url: str, tracked: Any) -> StageOutput:
+        weights.write_text("weights")
+        return make(context, url, tracked)
+
+    stages["a"], stages["b"] = replace(stages["a"], run=run), replace(stages["b"], settings=lambda context: weights.read_text())
+    go(world)
+    weights.unlink()
+    assert go(world, redo_from="a")[0] == dict.fromkeys("abc", "done")

@@ -122,6 +122,8 @@ class RecipeContext:
     open_cluster: Callable[[], None]
     """Starts or joins the Ray cluster at the first call; later calls do nothing."""
     results: dict[str, StageResult] = field(default_factory=dict)
+    file_sizes: str = ""
+    """Hash of the sizes of all files of the sources when they were listed last; see `prepare.settings`."""
 
     @property
     def recipe(self) -> Recipe:

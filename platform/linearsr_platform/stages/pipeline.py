@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from linearsr_platform import storage
 from linearsr_platform.data.manifest import load_manifest
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.report.model import StageRecord
 from linearsr_platform.stages import assemble, evaluate, experts, finetune, prepare, pretrain, promote, register
@@ -96,11 +97,16 @@ def _forget(context: RunContext, stages: Mapping[str, Stage], redo_from: str) ->
     """Delete what there is of a stage and of all after it, the last first.
 
     Whatever ends the run early, no later stage is left that was made from what is made anew. As far as there are results: a stage's
-    settings may be read from those of the stages before it.
+    settings may be read from those of the stages before it, and from their files.
     """
     known, urls = replace(context, results=dict(context.results)), []
     for name, stage in stages.items():
-        urls.append(stage_url(context.run_url, name, stage_key(known, name, stage)))
+        try:
+            key = stage_key(known, name, stage)
+        except (OSError, UserError):
+            # The files are gone or broken, which may be why they are to be made anew; what cannot be is told on the way there.
+            break
+        urls.append(stage_url(context.run_url, name, key))
         found = StageResult.read(urls[-1])
         if found is None:
             break

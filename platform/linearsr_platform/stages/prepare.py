@@ -1,5 +1,7 @@
 """Stage `prepare`: photographs to checked shards."""
 
+from collections.abc import Mapping
+
 from linearsr.codec_source import codec_digest
 from linearsr.config import TextEncoderConfig
 from linearsr.text import TextEncoderError, encoder_digest, make_encoder
@@ -10,7 +12,7 @@ from linearsr_platform.data.extras import LatentMaker, TextCache
 from linearsr_platform.data.manifest import FILE as MANIFEST
 from linearsr_platform.data.manifest import Manifest, load_manifest
 from linearsr_platform.data.prepare import prepare
-from linearsr_platform.data.sources import list_source
+from linearsr_platform.data.sources import Found, list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.stages.context import RecipeContext, StageOutput, StageResult
@@ -29,11 +31,14 @@ def settings(context: RecipeContext) -> object:
     Not the number of workers, although a fresh run has a shard for each at least: a run may go on with others.
     """
     data = context.recipe.data
+    listings = _listings(context)
+    # In a store of a million files a listing takes minutes: `run` and `remark` go by this one.
+    context.file_sizes = _hash_of_sizes(listings)
     tables = {source.table for source in data.sources.values() if source.table}
     found: dict[str, object] = {
         "data": data.identity(),
         "tables": {table: stable_hash(_table(context, table)) for table in sorted(tables)},
-        "files": {name: sorted(list_source(name, source)) for name, source in sorted(data.sources.items())},
+        "files": {name: sorted(found) for name, found in listings.items()},
     }
     text = context.recipe.model.text
     # Only if set: runs without them keep their finished stages. LR tags may have been added to files that were there.
@@ -65,9 +70,16 @@ def remark(context: RecipeContext, found: StageResult) -> str:
 
 
 def _sizes(context: RecipeContext) -> str:
-    """Return a hash of the sizes of all files of the sources."""
-    sources = sorted(context.recipe.data.sources.items())
-    return stable_hash({name: {file: found.bytes for file, found in sorted(list_source(name, source).items())} for name, source in sources})
+    """Return a hash of the sizes of all files of the sources, as of when the stage's settings were read."""
+    return context.file_sizes or _hash_of_sizes(_listings(context))
+
+
+def _listings(context: RecipeContext) -> dict[str, dict[str, Found]]:
+    return {name: list_source(name, source) for name, source in sorted(context.recipe.data.sources.items())}
+
+
+def _hash_of_sizes(listings: Mapping[str, Mapping[str, Found]]) -> str:
+    return stable_hash({name: {file: one.bytes for file, one in sorted(found.items())} for name, found in listings.items()})
 
 
 def write_data(context: RecipeContext, url: str) -> Manifest:
