@@ -175,7 +175,7 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         list(read_shard(twice))
     for members, reason in (
         ([("a.txt", b"x")], "got txt; expected one of png, jpg, jpeg, webp"),
-        ([("a.jpg", b"no picture")], "cannot be decoded"),
+        ([("a.jpg", b"no picture")], "not an image that can be decoded"),
         ([("a.png", picture("PNG", 1)), ("a.json", b"[1]")], "got list; expected a JSON object"),
         ([("a.png", picture("PNG", 1)), ("a.json", b"{")], "a.json: "),
     ):
