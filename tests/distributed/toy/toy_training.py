@@ -34,7 +34,7 @@ def toy_cluster() -> Iterator[ClusterConfig]:
         os.environ["PYTHONPATH"] = before
 
 
-def free_cpus(wait_s: float = 10.0) -> float:
+def free_cpus(wait_s: float = 60.0) -> float:
     """Return the CPUs that nobody has reserved, once all are free or the time is over."""
     end = time.monotonic() + wait_s
     while (free := ray.available_resources().get("CPU", 0.0)) < CPUS and time.monotonic() < end:
