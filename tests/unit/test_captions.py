@@ -135,6 +135,20 @@ def test_a_search_scores_with_what_inference_knows(from_lr: float, expected: lis
     assert read == [[expected]]
 
 
+def test_a_search_scores_every_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step falls on the noisier expert alone; what the other one does must change the score too."""
+    config = task_config(ModelConfig(backbone=replace(BACKBONES["nano"], num_blocks=1), prior="lr"))
+    task = SuperResolutionTask(config)
+    example = task.validation_example(np.zeros((32, 32, 3), dtype=np.uint8), Caption(), 32, index=0)
+    batch = {name: torch.from_numpy(value)[None] for name, value in example.items()}
+    monkeypatch.setattr("linearsr_platform.cluster.scoring.validation_batches", lambda *_: [batch])
+    experts: dict[str, Any] = {name: task.build().eval() for name in ("noisy", "clean", "other")}
+    torch.nn.init.normal_(experts["other"].network.head.weight)
+    monkeypatch.setattr(Scoring, "_expert", lambda self, url, device: experts[url])
+    scoring = Scoring(task=config, sampler=SamplerConfig(num_steps=1), section=ScoreSection(steps=1), shards=())
+    assert scoring.measure(("noisy", "clean"), (0.2,)) != scoring.measure(("noisy", "other"), (0.2,))
+
+
 def test_a_sample_without_what_the_mix_needs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"linearsr tag FOLDER --lr"):
         Captions(TagsConfig(vocabulary=VOCABULARY, from_lr=0.4), None).example(["cat"])
