@@ -22,14 +22,11 @@ from linearsr_platform.stages.sweep_log import SweepLog
 
 def test_experts_of_other_weights_or_data_in_the_same_place_are_others(tmp_path: Path, root: Path) -> None:
     """As after `--from prepare`, or a parent run that pre-trained anew: the stages keep their folders."""
-    photos, data, weights = fill(tmp_path / "photos", "a.png", "b.png"), tmp_path / "data", tmp_path / "weights.safetensors"
+    photos, data, weights = fill(tmp_path / "photos", "a.png", "b.png"), tmp_path / "data", tmp_path / "deleted.safetensors"
     run(config(photos), data)
-    weights.write_bytes(b"first")
     statistics = {"mean": (0.0,), "std": (1.0,), "residual_std": (1.0,)}
-    results: Any = {
-        "prepare": SimpleNamespace(url=str(data)),
-        "pretrain": SimpleNamespace(data={"trainers": {"pretrain": {"knee_weights": str(weights)}}, "statistics": statistics}),
-    }
+    pretrained = {"trainers": {"pretrain": {"knee_weights": str(weights)}}, "statistics": statistics}
+    results: Any = {"prepare": SimpleNamespace(url=str(data)), "pretrain": SimpleNamespace(data=pretrained, run_id="first")}
     nobody: Any = None
     context = RunContext(
         loaded=load_recipe(str(root / "pipelines/search_boundaries.yaml")),
@@ -47,7 +44,7 @@ def test_experts_of_other_weights_or_data_in_the_same_place_are_others(tmp_path:
 
     first = seen()
     assert seen() == first
-    weights.write_bytes(b"other")
+    results["pretrain"].run_id = "other"
     second = seen()
     # The names of files, which are all that the key of `prepare` knows, stay.
     fill(tmp_path / "photos", "b.png", "a.png")

@@ -37,7 +37,7 @@ class ExpertStore:
     url: str
     """Folder of all trained experts, each under the hash of everything that decides its weights."""
     origin: Mapping[str, str]
-    """Hashes of the data and of the weights that experts start from: the template names places, where others may be later."""
+    """What tells apart the data and the weights that experts start from: the template names places, where others may be later."""
 
     def job(self, interval: tuple[float, float], *, steps: int, seed: int) -> TrainJob:
         """Describe the training of one expert; the same arguments give the same name and folder."""

@@ -16,7 +16,6 @@ from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measu
 from linearsr_platform.cluster.sweep import run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
-from linearsr_platform.data.manifest import file_hash
 from linearsr_platform.errors import StageError
 from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.recipe.train_schema import TrainConfig
@@ -45,12 +44,12 @@ def settings(context: RunContext) -> object:
 
 
 def origin_of(context: RunContext) -> dict[str, str]:
-    """Return hashes of the data and of the network that all experts start from.
+    """Return what tells apart the data and the network that all experts start from.
 
-    Their stages keep key and folder when they are done again, `--from prepare` or by the parent, and may come to something else.
+    Their stages keep key and folder when they are done again, `--from prepare` or by the parent, and may come to something else. Of the
+    network it is the run that made it: its weights may be gone, or large and far away.
     """
-    weights = knee_weights(context.results["pretrain"].data["trainers"], "pretrain")
-    return {"data": manifest_of(context).digest, "init_weights": file_hash(weights)}
+    return {"data": manifest_of(context).digest, "pretrain": context.results["pretrain"].run_id}
 
 
 def suffices(context: RunContext, found: StageResult) -> bool:
