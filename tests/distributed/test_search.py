@@ -142,6 +142,17 @@ def test_a_search_that_no_machine_has_room_for_is_refused_before_anything_is_pre
     assert list((tmp_path / "runs").glob("tiny/*-*")) == []
 
 
+@pytest.mark.parametrize(("changed", "name"), [({"search.seed": 9}, "profile"), ({"search.trials": 99}, "a trial")])
+def test_a_running_cluster_that_never_has_room_is_told(searched, folder: Path, changed: dict[str, object], name: str) -> None:
+    from tiny_search import run_to, tiny_search
+
+    # An address says that the cluster may grow, or that others may leave it.
+    elsewhere = {"cluster.address": "elsewhere", "cluster.cpus_per_worker": 3, "cluster.queue_timeout_s": 1}
+    told = f"{name}: found no room for 1 workers of 3 CPUs in 1 s"
+    with pytest.raises(StageError, match=told), tiny_search(folder, {**changed, **elsewhere}) as context:
+        run_to(context, "trials")
+
+
 def test_a_trial_that_fails_is_told_with_its_reason_and_the_search_goes_on(folder: Path) -> None:
     from tiny_search import run_to, tiny_search
 

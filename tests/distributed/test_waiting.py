@@ -9,8 +9,11 @@ import pytest
 import ray
 
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.trainer import fit
+from linearsr_platform.errors import StageError
 
 pytestmark = pytest.mark.ray
 
@@ -63,9 +66,17 @@ def test_an_elastic_trainer_without_room_gives_up_in_time(cluster, tmp_path: Pat
     board.close()
     assert isinstance(result, TrainerFailure), result
     assert result.message == (
-        "elastic: found no room for 3 workers of 1 CPUs and 0 GPUs in 3 s; "
-        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
+        "elastic: found no room for 3 workers of 1 CPUs in 3 s; fix: wait for other work to end, or raise cluster.queue_timeout_s"
     )
+
+
+def test_looking_for_room_ends_in_time_and_keeps_nothing(cluster) -> None:
+    from toy_training import free_cpus
+
+    with pytest.raises(StageError, match="a trial: found no room for 1 workers of 3 CPUs in 1 s; fix: wait for other work to end"):
+        wait_for_room("a trial", Share(cpus=3), 1.0)
+    wait_for_room("a trial", Share(cpus=2), 60.0)
+    assert free_cpus() == 2
 
 
 def test_a_trainer_that_waits_takes_no_core_and_can_be_cancelled(cluster, tmp_path: Path) -> None:

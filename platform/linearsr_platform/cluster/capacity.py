@@ -49,6 +49,14 @@ def share_of_worker(cluster: ClusterConfig) -> Share:
     return Share(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
 
 
+def no_room(workers: int, share: Share, waited_s: float) -> str:
+    """Say that so many workers found no room in a running cluster, and what to do about it."""
+    return (
+        f"found no room for {workers} workers of {share} in {waited_s:g} s; "
+        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
+    )
+
+
 def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
     """Refuse trainers that could never start, however long they wait.
 

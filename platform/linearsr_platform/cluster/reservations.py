@@ -1,4 +1,4 @@
-"""Reservations on the cluster that nobody will ever give back: those of trainers whose controlling process died."""
+"""Reservations on the cluster: one to see whether there is room, and those that nobody will ever give back."""
 
 import logging
 
@@ -6,10 +6,34 @@ import ray
 from ray._private.state import state
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from linearsr_platform.cluster.capacity import Share, no_room
+from linearsr_platform.errors import StageError
 
 HELD = ("PENDING", "PREPARED", "CREATED", "RESCHEDULING")
 logger = logging.getLogger(__name__)
+
+
+def wait_for_room(name: str, share: Share, limit_s: float) -> None:
+    """Return once the cluster has room for a worker, which it is asked for as an autoscaler hears it; nothing is kept.
+
+    A task of Ray's and a trial of Tune's wait for ever for machines that never come, without a word.
+
+    Args:
+        name: of what is to run, for the message.
+        share: of the worker.
+        limit_s: how long to wait.
+
+    Raises:
+        StageError: if there was no room for so long.
+    """
+    group = placement_group([{"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})}])
+    try:
+        if not group.wait(limit_s):
+            raise StageError(f"{name}: {no_room(1, share, limit_s)}")
+    finally:
+        remove_placement_group(group)
 
 
 def release_abandoned() -> int:

@@ -21,6 +21,7 @@ from ray.train.v2.api.result import Result
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.capacity import Share, no_room
 from linearsr_platform.cluster.controller import TrainController
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
 from linearsr_platform.cluster.patience import Patience
@@ -116,10 +117,7 @@ def _work(config: dict[str, Any]) -> None:
 def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> DataParallelTrainer:
     gpus = cluster.gpus_per_worker
     threads, least = max(1, int(cpus)), job.train.min_workers
-    refusal = (
-        f"found no room for {job.train.least_workers} workers of {cpus:g} CPUs and {gpus:g} GPUs in {cluster.queue_timeout_s:g} s; "
-        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
-    )
+    refusal = no_room(job.train.least_workers, Share(cpus=cpus, gpus=gpus), cluster.queue_timeout_s)
     return _LeanTrainer(
         _work,
         patience=Patience(cluster.queue_timeout_s, refusal),

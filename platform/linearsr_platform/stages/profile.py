@@ -6,6 +6,7 @@ from linearsr.noise_profile import NoiseProfile
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share, share_of_worker
 from linearsr_platform.cluster.profiling import ProfilePlan, profile_on_cluster
+from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.search_schema import SearchSection
 from linearsr_platform.stages.context import RunContext, StageOutput
@@ -55,6 +56,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     plan = ProfilePlan(job=job, task=task, section=section.profile, log_snr=section.log_snr, threads=max(1, int(share.cpus)))
     context.display.task("profile", section.profile.levels, "levels")
     context.open_cluster()
+    wait_for_room("profile", share, context.recipe.cluster.queue_timeout_s)
     profile = profile_on_cluster(plan, share, lambda done, total: context.display.update("profile", done, total))
     storage.write_json(storage.join(url, PROFILE_FILE), profile.to_json())
     tracked.log_dict(profile.to_json(), PROFILE_FILE)

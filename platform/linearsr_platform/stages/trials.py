@@ -11,6 +11,7 @@ from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.boundary_search import PastTrial, boundary_search
 from linearsr_platform.cluster.capacity import trials_at_once
 from linearsr_platform.cluster.experts import room_of
+from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.rungs import rung_scheduler
 from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measure_all
 from linearsr_platform.cluster.sweep import run_sweep
@@ -64,6 +65,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
     context.open_cluster()
     share, cluster = trial_share(context), context.recipe.cluster
+    wait_for_room("a trial", share, cluster.queue_timeout_s)
     concurrent = trials_at_once(share, room_of(cluster), wanted=section.max_concurrent, may_grow=cluster.address is not None)
     plan = replace(plan, baseline=_baseline(context, plan, url))
     tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
