@@ -39,7 +39,7 @@ ELSEWHERE = {
 
 def keys(loaded: LoadedRecipe, folder: Path) -> dict[str, str]:
     """Return the keys of all stages of a run and of a search."""
-    results = {name: SimpleNamespace(key=name, url=str(folder)) for name in {**pipeline.STAGES, **search.STAGES}}
+    results = {name: SimpleNamespace(identity=name, url=str(folder)) for name in {**pipeline.STAGES, **search.STAGES}}
     context: Any = RunContext(
         loaded=loaded,
         storage_url=str(folder),

@@ -51,7 +51,8 @@ def world(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
             if world["broken"] == name:
                 raise ValueError(f"{name} is broken")
             before = sum(context.results[need].data["value"] for need in needs) if needs else world["base"]
-            return StageOutput(name, {"value": before + world["settings"][name], "weights": [f"{url}/knee", "s3://elsewhere/knee"]})
+            data = {"value": before + world["settings"][name], "weights": [f"{url}/knee", "s3://elsewhere/knee"]}
+            return StageOutput(name, data, content=None if needs else f"made of {world['base']}")
 
         return Stage(needs, lambda context: world["settings"][name], run, remark=lambda context, found: world["remarks"].get(name, ""))
 
@@ -155,6 +156,28 @@ def test_a_redone_run_that_ends_early_leaves_no_later_stage_made_from_the_old_on
     go(world, redo_from="a")
     world["broken"] = None
     assert go(world) == ({"a": "skipped", "b": "done", "c": "done"}, {"a": 1001, "b": 1011, "c": 2112})
+
+
+def test_changing_back_finds_no_result_of_what_was_made_anew_since(world: dict[str, Any]) -> None:
+    """As after `--from prepare` with other photographs under the same names."""
+    go(world)
+    world["settings"]["b"] = 20
+    go(world)
+    world["base"] = 1000
+    assert go(world, redo_from="a")[1] == {"a": 1001, "b": 1021, "c": 2122}
+    world["settings"]["b"] = 10
+    assert go(world) == ({"a": "skipped", "b": "done", "c": "done"}, {"a": 1001, "b": 1011, "c": 2112})
+
+
+def test_a_result_of_an_earlier_version_keeps_the_keys_that_its_stage_gave(world: dict[str, Any]) -> None:
+    result = StageResult(stage="a", key="k", url=str(world["folder"]), summary="", seconds=1, run_id="r", data={})
+    result.write()
+    file = world["folder"] / "result.json"
+    file.write_text(file.read_text().replace('"content": null,', "").replace(',\n  "content": null', ""))
+    assert "content" not in file.read_text()
+    found = StageResult.read(str(world["folder"]))
+    assert found == result
+    assert found.identity == "k"
 
 
 def test_redoing_reaches_stages_whose_settings_are_read_from_earlier_results(world: dict[str, Any]) -> None:

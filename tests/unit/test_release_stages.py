@@ -44,8 +44,8 @@ def go(tmp_path: Path, tracker: Tracker, name: str, root: Path) -> Go:
     write_bundle(tmp_path, SMALLEST)
     nobody: Any = SimpleNamespace(stage_started=print, stage_finished=print, stage_skipped=print, stage_failed=print, message=print)
     before: Any = {
-        "assemble": SimpleNamespace(key="a", url=str(tmp_path)),
-        "evaluate": SimpleNamespace(key="e", data={"tables": {}}),
+        "assemble": SimpleNamespace(identity="a", url=str(tmp_path)),
+        "evaluate": SimpleNamespace(identity="e", data={"tables": {}}),
     }
 
     loaded = load_recipe(str(root / "pipelines/smoke.yaml"), None, ["promote.rules=[]", f"tracking.model_name={name}"])

@@ -71,6 +71,13 @@ class StageResult:
     """MLflow run that made it."""
     data: dict[str, Any]
     """What later stages read, as JSON."""
+    content: str | None = None
+    """Hash of what later stages get, where the key does not decide it; None where it does, and in results of earlier versions."""
+
+    @property
+    def identity(self) -> str:
+        """What the keys of later stages have of this one."""
+        return self.key if self.content is None else f"{self.key}-{self.content}"
 
     def write(self) -> None:
         """Publish the result: from now on the stage counts as done."""
@@ -109,6 +116,8 @@ class StageOutput:
 
     summary: str
     data: dict[str, Any] = field(default_factory=dict)
+    content: str | None = None
+    """See `StageResult.content`."""
 
 
 @dataclass(kw_only=True)

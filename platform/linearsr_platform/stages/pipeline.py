@@ -1,7 +1,8 @@
 """The pipeline: which stages there are, what each needs, and how a run goes through them.
 
-A stage's key is a hash of its settings and of the keys of the stages it needs. Its artifacts live in a folder named by
-that key, so a finished stage is found again, and a changed setting makes a new folder and leaves the old one alone.
+A stage's key is a hash of its settings and of the keys of the stages it needs, with the content of what they made from files that may
+change. Its artifacts live in a folder named by that key, so a finished stage is found again, and a changed setting makes a new folder and
+leaves the old one alone.
 """
 
 import sys
@@ -122,12 +123,12 @@ def stage_url(run_url: str, name: str, key: str) -> str:
 
 def stage_key(context: RunContext, name: str, stage: Stage) -> str:
     """Return the hash that names a stage's result."""
-    needs = {need: context.results[need].key for need in stage.needs}
+    needs = {need: context.results[need].identity for need in stage.needs}
     return key_of(name, stage.settings(context), needs)
 
 
 def key_of(name: str, settings: object, needs: Mapping[str, str]) -> str:
-    """Return the hash that names a stage's result, given its settings as JSON and the keys of the stages it needs."""
+    """Return the hash that names a stage's result, given its settings as JSON and the identities of the stages it needs."""
     return stable_hash({"format": FORMAT, "stage": name, "settings": settings, "needs": dict(needs)})
 
 
@@ -150,7 +151,8 @@ def _run_stage(context: RunContext, name: str, stage: Stage, key: str, url: str,
             reason = STOPPED if stopped else str(error) or type(error).__name__
             records.append(StageRecord(name=name, status="failed", seconds=seconds, summary=reason))
             context.display.stage_failed(name, reason)
-    result = StageResult(stage=name, key=key, url=url, summary=output.summary, seconds=seconds, run_id=tracked.run_id, data=output.data)
+    known = StageResult(stage=name, key=key, url=url, summary=output.summary, seconds=seconds, run_id=tracked.run_id, data=output.data)
+    result = replace(known, content=output.content)
     result.write()
     context.results[name] = result
     records.append(StageRecord(name=name, status="done", seconds=seconds, summary=output.summary))

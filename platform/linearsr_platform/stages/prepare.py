@@ -59,7 +59,7 @@ def run(context: RecipeContext, url: str, tracked: TrackedRun) -> StageOutput:
         context.display.message(f"quarantined {refused.file}: {refused.reason}")
     if len(manifest.quarantined) > MESSAGES:
         context.display.message(f"... and {len(manifest.quarantined) - MESSAGES} more, all in {storage.join(url, MANIFEST)}")
-    return StageOutput(_summary(manifest), {"digest": manifest.digest, SIZES: sizes})
+    return StageOutput(_summary(manifest), {"digest": manifest.digest, SIZES: sizes}, content=manifest.digest)
 
 
 def remark(context: RecipeContext, found: StageResult) -> str:
