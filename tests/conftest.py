@@ -1,19 +1,23 @@
 """Shared by all tests: one thread a process, reproducible property tests, which processes run them, where the repository is."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Before anything imports torch: test processes share the cores, and sums come out in the same order everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
-# Shared machines make deadlines lie; the same examples on every machine make a failure everybody's.
-settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("project")
+# `tests/gpu` runs where torch and pytest are all there is.
+if find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # Shared machines make deadlines lie; the same examples on every machine make a failure everybody's.
+    settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("project")
 
 
 SHARED_CLUSTERS = ("tests/chaos/", "tests/distributed/")

@@ -31,8 +31,8 @@ from linearsr_platform.recipe.train_schema import KneeConfig, TrainConfig, ZeroC
 from linearsr_platform.train.checkpoint import LoopState
 from linearsr_platform.train.ema import ExponentialAverage
 from linearsr_platform.train.engine import DeepSpeedEngine
-from linearsr_platform.train.protocols import StepResult
 from linearsr_platform.train.recovery import Recovery
+from linearsr_platform.train.results import StepResult
 from linearsr_platform.train.window import MetricWindow
 
 DRAWS = 2000

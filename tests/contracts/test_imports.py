@@ -1,5 +1,6 @@
 """What an import may bring with it. import-linter holds the directions; these hold what is only seen by running."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_the_method_runs_without_the_platform_and_its_dependencies(root: Path) -
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(modules)}"
     done = _python(code, root)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_for_a_gpu_machine_needs_torch_and_pytest_alone(root: Path) -> None:
+    absent = ["numpy", "PIL", "safetensors", "hypothesis", "xdist", "ray", "deepspeed", "diffusers", "fsspec", "xxhash", "pydantic", "yaml"]
+    code = f"""import runpy, sys
+sys.modules.update(dict.fromkeys({absent}))
+import pytest
+runpy.run_path("tests/benchmarks/gpu/one_forward.py")
+sys.exit(pytest.main(["--collect-only", "-q", "tests/gpu"]))"""
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_standard_library_wins_over_our_platform_folder(root: Path) -> None:

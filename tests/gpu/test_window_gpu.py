@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linearsr_platform.train.processes import join_group
-from linearsr_platform.train.protocols import StepResult
+from linearsr_platform.train.results import StepResult
 from linearsr_platform.train.window import MetricWindow
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

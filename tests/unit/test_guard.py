@@ -12,7 +12,7 @@ from linearsr.guard import AttentionReading, Fault, Guard, GuardConfig, StepRead
 from linearsr.probes import AttentionProbe
 from linearsr_platform.train.diagnosis import bad_weights, first_not_finite, first_standing_out, grown_weights
 from linearsr_platform.train.examination import Journal
-from linearsr_platform.train.protocols import Sighting
+from linearsr_platform.train.results import Sighting
 
 NAN, INF = float("nan"), float("inf")
 CONFIG = GuardConfig()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from linearsr_platform.train.protocols import Sighting
+from linearsr_platform.train.results import Sighting
 
 STANDS_OUT = 5.0
 """Ratio to a sound step from which a part stands out. Gradients of neighbouring steps differ by less than 3 as a rule."""

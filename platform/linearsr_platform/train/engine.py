@@ -23,7 +23,8 @@ from linearsr_platform.train.deepspeed_config import clips_itself, deepspeed_con
 from linearsr_platform.train.examination import Journal
 from linearsr_platform.train.layout import layout, spans, untrained_spans
 from linearsr_platform.train.processes import join_group, rank, world_size
-from linearsr_platform.train.protocols import Batch, Sighting, StepResult, Task
+from linearsr_platform.train.protocols import Batch, Task
+from linearsr_platform.train.results import Sighting, StepResult
 from linearsr_platform.train.spans import Span
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from linearsr.attention import LinearAttention
-from linearsr_platform.train.protocols import Sighting
+from linearsr_platform.train.results import Sighting
 
 
 class Journal:

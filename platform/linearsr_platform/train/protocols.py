@@ -1,8 +1,7 @@
 """What the training loop needs of the parts it is given: a task, an engine, batches and an observer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from linearsr.guard import Trip
 from linearsr.knee import KneeDecision
 from linearsr.tags import Caption
+from linearsr_platform.train.results import Sighting, StepResult
 from linearsr_platform.train.spans import Piece, Span
 
 Batch = dict[str, Tensor]
@@ -65,33 +65,6 @@ class BatchSource(Iterator[Batch], Protocol):
         Where their number is another than the present one, so that together the workers give what would have come.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one optimizer step of this worker gave. Nothing in it has been waited for yet."""
-
-    loss: Tensor
-    """Scalar mean over its micro-batches, detached."""
-    scalars: dict[str, Tensor]
-    """Means of what the task logs, detached."""
-    grad_norm: Tensor | float
-    """Norm of the whole gradient over all workers, before clipping."""
-    screened: Tensor | None = None
-    """Number of its micro-batches that were left out for their loss; None where there was no limit."""
-    attention: Tensor | None = None
-    """(layers, 4) rows of `linearsr.probes.AttentionProbe`, in network order, if they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """What one part of the network gave in an examined step on one worker."""
-
-    kind: Literal["output", "normaliser", "gradient"]
-    layer: str
-    """Module or parameter, as the task's network names it."""
-    value: float
-    """Largest absolute value of an output or normaliser, norm of a gradient."""
 
 
 class Engine(Protocol):

@@ -20,7 +20,8 @@ from linearsr_platform.train.checkpoint import LoopState
 from linearsr_platform.train.diagnosis import Finding, Sightings, bad_weights, first_not_finite, first_standing_out, grown_weights
 from linearsr_platform.train.ema import ExponentialAverage
 from linearsr_platform.train.processes import collect, sum_over_workers, world_size
-from linearsr_platform.train.protocols import Batch, Engine, Sighting
+from linearsr_platform.train.protocols import Batch, Engine
+from linearsr_platform.train.results import Sighting
 
 POINTS = 2
 """Restore points kept: the newest may have been taken between a fault's slow onset and its detection."""

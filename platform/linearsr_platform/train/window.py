@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linearsr.guard import AttentionReading, StepReading
 from linearsr_platform.train.processes import rank, sum_over_workers, world_size
-from linearsr_platform.train.protocols import StepResult
+from linearsr_platform.train.results import StepResult
 
 
 @dataclass(frozen=True, slots=True)
