@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import TagsConfig, TextSource
+from linearsr.constants import Constant
 from linearsr.tags import Caption, encode_tags
 
 Array = NDArray[np.generic]
@@ -34,7 +35,7 @@ class Captions:
                 "expected one for 'text', none for 'learned'; fix: prepare the data with `model.text`"
             )
         self.tags, self.text = tags, text
-        self._null = None if text is None else torch.tensor(text.null)
+        self._null = None if text is None else _null(text)
 
     def example(self, caption: Sequence[str] | Caption, *, at_inference: bool = False) -> dict[str, Array]:
         """Return the arrays of one example: `tags` ids (T,), or `text` float16 (T, E) and `text_tokens` (); with LR tags in the mix also
@@ -80,10 +81,8 @@ class Captions:
         """Return what stands for no tags, `count` times."""
         if self.text is None or self._null is None:
             return torch.zeros((count, self.tags.max_tags), dtype=torch.int64, device=device)
-        values = torch.zeros((self.text.encoder.max_tokens, self.text.width))
-        values[: len(self._null)] = self._null
-        mask = torch.arange(len(values)) < len(self._null)
-        return TextEmbedding(values.expand(count, -1, -1).to(device), mask.expand(count, -1).to(device))
+        values, mask = (part.on(device) for part in self._null)
+        return TextEmbedding(values.expand(count, -1, -1), mask.expand(count, -1))
 
     def mix(self, batch: Mapping[str, Tensor], draws_B: Tensor) -> Tensor | TextEmbedding:
         """Return the captions that a batch is trained with: none, those of the LR image, or those of the photograph.
@@ -111,6 +110,13 @@ class Captions:
         values = np.zeros((self.text.encoder.max_tokens, self.text.width), dtype=np.float16)
         values[: len(embedding)] = embedding
         return {name: values, f"{name}_tokens": np.asarray(len(embedding))}
+
+
+def _null(text: TextSource) -> tuple[Constant, Constant]:
+    """Return the null prompt, padded: values (T, E) and mask (T,)."""
+    values = torch.zeros((text.encoder.max_tokens, text.width))
+    values[: len(text.null)] = torch.tensor(text.null)
+    return Constant(values), Constant(torch.arange(len(values)) < len(text.null))
 
 
 def _there(words: _T | None) -> _T:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.config import CodecConfig
+from linearsr.constants import Constant
 from linearsr.dcae import DeepCompressionCodec
 
 
@@ -64,16 +65,16 @@ class BlockTransformCodec:
     def __init__(self, config: CodecConfig) -> None:
         """Keep the block size and its matrix."""
         self.factor = config.factor
-        self.matrix = _block_transform(config.kind, config.factor)
+        self._matrix = Constant(_block_transform(config.kind, config.factor))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, 3 f^2, H / f, W / f); the norm is kept. H and W must be multiples of f."""
         blocks = F.pixel_unshuffle(pixels, self.factor)
-        return _mix_channels(self.matrix, blocks)
+        return _mix_channels(self._matrix.on(blocks.device), blocks)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Map (B, 3 f^2, h, w) back to (B, 3, h f, w f)."""
-        return F.pixel_shuffle(_mix_channels(self.matrix.T, latent), self.factor)
+        return F.pixel_shuffle(_mix_channels(self._matrix.on(latent.device).T, latent), self.factor)
 
 
 def _mix_channels(matrix: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from linearsr.codec import make_codec
 from linearsr.config import LatentStatistics, ModelConfig
+from linearsr.constants import Constant
 from linearsr.flow import residual_posterior
 
 
@@ -31,9 +32,8 @@ class LatentSpace:
         if len(statistics.std) != channels:
             raise ValueError(f"statistics: got {len(statistics.std)} channels; expected {channels} for codec {config.codec}")
         self.config, self.codec = config, make_codec(config.codec)
-        # Not buffers of a module: a module cast to bfloat16 would round them.
         self.mean, self.std, self.sigma = (
-            torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            Constant(torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
             for values in (statistics.mean, statistics.std, statistics.residual_std)
         )
 
@@ -43,11 +43,11 @@ class LatentSpace:
 
     def normalise(self, latent: Tensor) -> Tensor:
         """Normalise what the codec made, (B, c, h, w) of any float dtype, to float32."""
-        return (latent.float() - self.mean.to(latent.device)) / self.std.to(latent.device)
+        return (latent.float() - self.mean.on(latent.device)) / self.std.on(latent.device)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Turn a normalised latent (B, c, h, w) into pixels (B, 3, h f, w f), clamped to [-1, 1]."""
-        return self.codec.decode(latent * self.std.to(latent.device) + self.mean.to(latent.device)).clamp(-1, 1)
+        return self.codec.decode(latent * self.std.on(latent.device) + self.mean.on(latent.device)).clamp(-1, 1)
 
     def prior_mean(self, lr: Tensor) -> Tensor:
         """Return the latent of the bicubic upsampling of `lr` (B, 3, h, w) in [-1, 1]: the mean of the LR prior."""
@@ -55,7 +55,7 @@ class LatentSpace:
 
     def residual_posterior(self, excess: Tensor, t_B111: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean (in units of the prior's deviation) and deviation of z_0 - mu; see `flow.residual_posterior`."""
-        sigma = self.sigma.to(excess.device)
+        sigma = self.sigma.on(excess.device)
         mean, deviation = residual_posterior(excess, t_B111, sigma)
         return mean / sigma, deviation
 
@@ -71,7 +71,7 @@ class LatentSpace:
     def loss_weights(self) -> Tensor:
         """Return the weight of each channel's squared error, (1, c, 1, 1) with mean 1; see `FlowConfig.loss_weighting`."""
         if self.config.flow.loss_weighting == "latent":
-            return torch.ones_like(self.std)
+            return torch.ones_like(self.std.value)
         # Only orthonormal codecs get here (`ModelConfig`), so a channel's open variance in the picture is that of its residual in pixels.
-        spread = self.std * self.sigma if self.config.prior == "lr" else self.std
+        spread = self.std.value * self.sigma.value if self.config.prior == "lr" else self.std.value
         return spread.square() / spread.square().mean()

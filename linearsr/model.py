@@ -42,14 +42,15 @@ class SuperResolver(nn.Module):
 
     def denoise(self, z: Tensor, t: float | Tensor, condition: Condition) -> Tensor:
         """Estimate z_0 from z_t: (B, c, H, W) at noise level t, a number or (B,) -> (B, c, H, W) float32."""
-        t_B = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(z.shape[0])
+        # A number is filled in on the device, where a tensor made of it would be copied there and waited for.
+        t_B = t.to(z.device, torch.float32) if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=z.device)
+        t_B = t_B.expand(z.shape[0])
         t_B111 = t_B[:, None, None, None]
         if condition.prior_mean is None:
             return z - t_B111 * self.network(z, t_B, condition.network)  # type: ignore[no-any-return]
         known, deviation = self.space.residual_posterior(z - (1 - t_B111) * condition.prior_mean, t_B111)
         prediction = self.network(known, t_B, condition.network)
-        sigma = self.space.sigma.to(z.device)
-        return condition.prior_mean + sigma * known + deviation * prediction  # type: ignore[no-any-return]
+        return condition.prior_mean + self.space.sigma.on(z.device) * known + deviation * prediction  # type: ignore[no-any-return]
 
     def forward(self, z: Tensor, t: Tensor, lr: Tensor, captions: Tensor | TextEmbedding) -> Tensor:
         """Estimate z_0 in one call, as training does: see `condition` and `denoise`. Weights may be sharded."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linearsr.captions import Captions
 from linearsr.codec_source import verify_codec
 from linearsr.config import AugmentationConfig
+from linearsr.constants import Constant
 from linearsr.degradation import augment, degrade_pair
 from linearsr.flow import interpolate, sample_times
 from linearsr.latent import LatentSpace
@@ -65,6 +66,7 @@ class SuperResolutionTask:
             verify_codec(config.model.codec, config.codec_digest)
         self.config = config
         self._space = LatentSpace(config.model, config.statistics)
+        self._loss_weights = Constant(self._space.loss_weights())
         self._meter: Meter | None = None
         self.captions = Captions(config.model.tags, config.text)
 
@@ -116,8 +118,7 @@ class SuperResolutionTask:
         t_B111 = t[:, None, None, None]
         estimate = module(interpolate(clean, noise, t_B111), t, to_pixels(batch["lr"]), captions)
         error = (estimate - clean) / self._space.error_scale(t_B111)
-        weights = self._space.loss_weights().to(error.device)
-        return (weights * error.square()).mean(), {}
+        return (self._loss_weights.on(error.device) * error.square()).mean(), {}
 
     def _example(
         self, crop: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator, *, at_inference: bool = False

@@ -65,16 +65,16 @@ def cut(grid: tuple[int, int], side: int, overlap: int | None = None) -> Tiling:
     return Tiling(grid, (min(side, grid[0]), min(side, grid[1])), chosen)
 
 
-def feather(tiling: Tiling, window: Window) -> Tensor:
-    """Return a tile's weights before normalisation, (h, w) float32 in (0, 1].
+def feather(tiling: Tiling, window: Window, device: torch.device | None = None) -> Tensor:
+    """Return a tile's weights before normalisation, (h, w) float32 in (0, 1], on a device, or else the CPU.
 
     Along each axis they rise linearly over the tokens shared with the neighbour, and stay 1 where there is none.
     """
     axes = []
     for starts, side, place in zip(tiling.starts, tiling.side, window, strict=True):
-        position = torch.arange(side, dtype=torch.float32) + 0.5
+        position = torch.arange(side, dtype=torch.float32, device=device) + 0.5
         index = starts.index(place.start)
-        ramp = torch.ones(side)
+        ramp = torch.ones(side, device=device)
         if index > 0:
             ramp = torch.minimum(ramp, position / (starts[index - 1] + side - starts[index]))
         if index < len(starts) - 1:
@@ -94,15 +94,15 @@ def blend(tiling: Tiling, estimate: Callable[[Window], Tensor]) -> Tensor:
     """
     if tiling.num_tiles == 1:
         return estimate(next(tiling.windows()))
-    total = torch.zeros(tiling.grid)
-    for window in tiling.windows():
-        total[window] += feather(tiling, window)
     parts = ((window, estimate(window)) for window in tiling.windows())
     first, part = next(parts)
-    blended = part.new_zeros(*part.shape[:2], *tiling.grid)
+    blended, total = part.new_zeros(*part.shape[:2], *tiling.grid), part.new_zeros(tiling.grid)
     for place, one in chain([(first, part)], parts):
-        blended[..., place[0], place[1]] += one * feather(tiling, place).to(one.device)
-    return blended.div_(total.to(blended.device))
+        # Made where it is needed: a copy to a GPU would make the host wait at every tile.
+        weight = feather(tiling, place, one.device)
+        total[place] += weight
+        blended[..., *place] += one * weight
+    return blended.div_(total)
 
 
 def _starts(whole_side: int, side: int, overlap: int) -> tuple[int, ...]:

@@ -232,7 +232,7 @@ def test_latents_are_scaled_as_sana_scales_them(folder, reference) -> None:
     assert (measured.mean, measured.std) == (statistics.mean, statistics.std)
     space = LatentSpace(model_config(folder, prior="lr"), measured)
     residual = (space.encode(pixels) - space.prior_mean(lr)).square().mean(dim=(0, 2, 3)).sqrt()
-    torch.testing.assert_close(residual, space.sigma.flatten(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(residual, space.sigma.value.flatten(), rtol=1e-5, atol=1e-3)
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -98,7 +98,7 @@ def test_measured_statistics_give_unit_variance_latents() -> None:
     torch.testing.assert_close(latent.mean(dim=(0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
     torch.testing.assert_close(latent.std(dim=(0, 2, 3)), torch.ones(48), atol=1e-3, rtol=0)
     residual = (latent - network.space.prior_mean(lr)).square().mean(dim=(0, 2, 3)).sqrt()
-    torch.testing.assert_close(residual, network.space.sigma.flatten(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(residual, network.space.sigma.value.flatten(), atol=1e-3, rtol=0)
 
 
 def test_an_untrained_network_with_the_lr_prior_is_bicubic_at_pure_noise() -> None:

@@ -73,10 +73,11 @@ def test_pixel_weighting_counts_an_error_as_it_weighs_in_the_picture() -> None:
     task = make_task(loss_weighting="pixel")
     space = task.build().space
     latent, error = torch.randn(2, 48, 4, 4), torch.randn(2, 48, 4, 4)
-    scaled = error * space.sigma
-    in_picture = (space.codec.decode((latent + scaled) * space.std) - space.codec.decode(latent * space.std)).square().mean()
+    std, sigma = space.std.value, space.sigma.value
+    scaled = error * sigma
+    in_picture = (space.codec.decode((latent + scaled) * std) - space.codec.decode(latent * std)).square().mean()
     weighted = (space.loss_weights() * error.square()).mean()
-    torch.testing.assert_close(weighted * (space.std * space.sigma).square().mean(), in_picture, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(weighted * (std * sigma).square().mean(), in_picture, rtol=1e-4, atol=1e-7)
 
 
 def test_validation_of_an_untrained_network_is_bicubic() -> None:
