@@ -78,7 +78,7 @@ class ExpertsInTurn:
         target = (self._current + 1) % len(self._slots)
         if self._holds[target] != index:
             self._holds[target] = None
-            self._fill(index, target)
+            self._fill(index, target, self._queued())
         self._current = target
         self._fetch_next(index)
         return self._slots[target]
@@ -95,13 +95,15 @@ class ExpertsInTurn:
         spare = (self._current + 1) % len(self._slots)
         if self._holds[spare] == following:
             return
-        # Work that still reads the spare slot was queued on this thread's stream before now.
-        released = torch.cuda.current_stream(self._device).record_event()
         self._holds[spare] = None
-        self._ahead = following, self._thread.submit(self._fill, following, spare, released)
+        self._ahead = following, self._thread.submit(self._fill, following, spare, self._queued())
+
+    def _queued(self) -> "torch.cuda.Event | None":
+        """Return what happens when the device is done with all that this thread has queued: until then it may read any slot."""
+        return torch.cuda.current_stream(self._device).record_event() if self._is_cuda else None
 
     @torch.no_grad()
-    def _fill(self, index: int, slot: int, after: "torch.cuda.Event | None" = None) -> None:
+    def _fill(self, index: int, slot: int, after: "torch.cuda.Event | None") -> None:
         """Copy an expert's weights into a slot and wait until they are there."""
         weights = _read(self._bundle.experts[index], self._bundle)
         places = self._slots[slot].state_dict()

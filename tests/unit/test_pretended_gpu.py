@@ -3,13 +3,16 @@
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from linearsr.bundle import save_bundle
 from linearsr.config import (
     AugmentationConfig,
     BackboneConfig,
@@ -22,6 +25,7 @@ from linearsr.config import (
     TextSource,
 )
 from linearsr.constants import Constant
+from linearsr.residency import ExpertsInTurn
 from linearsr.routed import RoutedSampler
 from linearsr.task import SuperResolutionTask
 from linearsr.task_config import TaskConfig
@@ -146,3 +150,48 @@ def test_a_constant_travels_without_its_copies() -> None:
     travelled = pickle.loads(pickle.dumps(constant))
     assert vars(travelled)["_copies"] == {}
     assert torch.equal(travelled.value, constant.value)
+
+
+class Stream:
+    """Notes what it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def record_event(self) -> str:
+        return "what was queued"
+
+    def wait_event(self, event: str) -> None:
+        self._told.append(f"wait for {event}")
+
+    def synchronize(self) -> None:
+        self._told.append("copied")
+
+
+def test_weights_never_come_to_a_gpu_before_it_is_done_with_those_they_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(told))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream([]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    task = make_task("lr", "learned")
+    weights = [tmp_path / f"{index}.safetensors" for index in range(3)]
+    for index, path in enumerate(weights):
+        save_file({name: value.fill_(index) for name, value in task.build().state_dict().items()}, path)
+    model = task.config.model
+    bundle = save_bundle(
+        tmp_path / "bundle",
+        config=model,
+        statistics=task.config.statistics,
+        boundaries=(0.3, 0.6),
+        sampler=SamplerConfig(num_steps=4),
+        expert_weights=weights,
+        lineage={},
+    )
+    with pretended_gpu("cuda") as gpu:
+        experts = ExpertsInTurn(bundle, gpu.device)
+        # The last is not expected: it takes the place of the first, whose work may still be queued, and nothing was fetched ahead.
+        for order, asked in (([0, 1], 0), ([0, 1], 1), ([2], 2)):
+            experts.expect(order)
+            assert experts[asked].network.table.detach().cpu().unique().tolist() == [asked]
+    assert told == ["wait for what was queued", "copied"] * 3
