@@ -142,6 +142,20 @@ def test_a_sampler_on_a_gpu_gives_the_numbers_of_the_cpu_and_copies_nothing(prio
     assert gpu.counts["copies"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("encoder", ["learned", "text"])
+def test_a_forward_can_be_recorded_as_a_cuda_graph(encoder: str, dtype: torch.dtype) -> None:
+    task = make_task("lr", encoder)
+    with pretended_gpu() as gpu, torch.no_grad():
+        network = make_network(task).network.to(gpu.device, dtype).eval()
+        batch = {name: value.to(gpu.device) for name, value in make_batch(task, 1).items()}
+        prepared = network.prepare(batch["lr"].float(), task.captions.all(batch), reused=True)
+        t = torch.full((1,), 0.3, device=gpu.device)
+        gpu.counts.clear()
+        network(batch["noise"], t, prepared)
+    assert gpu.counts.total() == 0, "nothing comes from the CPU, and nothing is waited for"
+
+
 def test_a_constant_travels_without_its_copies() -> None:
     constant = Constant(torch.ones(3))
     with pretended_gpu() as gpu:
