@@ -4,6 +4,9 @@ Ray's own `TorchConfig` brings torch to the task that starts a trainer and to it
 the workers run is Ray's.
 """
 
+import fcntl
+import socket
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,10 +20,14 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.util import TrainingFramework
 
+from linearsr_platform.cluster.session import meet_by
+
 JOIN_S = 1800
 """How long an operation of the group waits for the other workers, s: what Ray's `TorchConfig` takes."""
 LEAVE_S = 30.0
 """How long workers get to leave the group before they are ended without, s."""
+ADDRESS_OF_INTERFACE = 0x8915
+"""Linux's request SIOCGIFADDR."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,10 @@ class _LateTorchBackend(Backend):
         """
         assert isinstance(backend_config, LateTorch)  # noqa: S101 (it named this class)
         # First, because importing torch takes seconds, and nobody holds the port until the leader listens there.
-        worker_group.execute(_prepare)
+        addresses = worker_group.execute(_prepare)
+        if len(set(addresses)) > 1:
+            # Left alone, gloo listens where the machine's own name leads to: on Debian that is 127.0.1.1, which no other machine reaches.
+            worker_group.execute(_meet_by_own_address)
         url, size = f"tcp://{build_address(*worker_group.execute_single(0, get_address_and_port))}", len(worker_group)
         each = {"world_size": size, "url": url, "backend": backend_config.backend}
         try:
@@ -87,11 +97,37 @@ def on_own_device() -> AbstractContextManager[None]:
     return found
 
 
-def _prepare() -> None:
-    """Import torch, as a worker, and set what it reads of the environment."""
+def interface_of(address: str) -> str | None:
+    """Return the name of this machine's network interface that has an IPv4 address; None if none has, as behind a translation."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(asked, ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()))
+            except OSError:
+                # It has no address.
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def _meet_by_own_address() -> None:
+    """Make gloo use the interface that Ray reaches this machine by, as a worker."""
+    interface = interface_of(_own_address())
+    if interface is not None:
+        meet_by(interface)
+
+
+def _prepare() -> str:
+    """Import torch, as a worker, and set what it reads of the environment; return this machine's address."""
     from ray.train.torch import config
 
     config._set_torch_distributed_env_vars()  # type: ignore[no-untyped-call] # noqa: SLF001 (what `TorchConfig` has workers run)
+    return _own_address()
+
+
+def _own_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _join(world_rank: int, world_size: int, url: str, backend: str) -> None:

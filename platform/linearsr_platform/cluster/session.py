@@ -225,6 +225,11 @@ def bring_worker_secrets() -> None:
     bring_secrets(json.loads(os.environ.get(SECRETS, "{}")))
 
 
+def meet_by(interface: str) -> None:
+    """Make torch's gloo use a network interface in this process, unless the machine's own environment names one."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def _require_listener(address: str) -> None:
     """Raise at once where Ray would try for five minutes: for `host:port` and `ray://host:port` that nobody listens at.
 
