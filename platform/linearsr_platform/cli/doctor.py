@@ -61,16 +61,23 @@ def _check(loaded: "LoadedRecipe", steps: int, workers: int | None, *, as_json: 
     from linearsr_platform.cli.execute import bring_secrets_of
     from linearsr_platform.cli.progress import make_display
     from linearsr_platform.cluster.session import cluster_session
+    from linearsr_platform.cluster.sight import require_shared_folder
     from linearsr_platform.stages.context import RecipeContext
     from linearsr_platform.stages.doctor import check_recipe_resume
 
     bring_secrets_of(loaded)
+    root = storage.absolute(loaded.recipe.storage)
+
+    def open_cluster() -> None:
+        closing.enter_context(cluster_session(loaded.recipe.cluster, verbose=verbose))
+        require_shared_folder(root)
+
     with ExitStack() as closing, make_display(Console(stderr=True) if as_json else None) as display:
         context = RecipeContext(
             loaded=loaded,
-            storage_url=storage.absolute(loaded.recipe.storage),
+            storage_url=root,
             display=display,
-            open_cluster=_Once(lambda: closing.enter_context(cluster_session(loaded.recipe.cluster, verbose=verbose))),
+            open_cluster=_Once(open_cluster),
         )
         return check_recipe_resume(context, steps=steps, other_workers=workers, chance=Random())  # noqa: S311 (no secret)
 
