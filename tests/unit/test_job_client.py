@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from linearsr_platform.cli.app import app
 from linearsr_platform.cluster import jobs
 from linearsr_platform.cluster.jobs import RUN, Job, JobClient, default_python
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 
 LOG = "step 1\nstep 2\nstep 3\n"
 
@@ -22,10 +22,13 @@ LOG = "step 1\nstep 2\nstep 3\n"
 class Connection:
     """Stands in for Ray's client: the log's connection breaks after a number of characters, and then nobody answers for a while."""
 
-    def __init__(self, *breaks: int, unanswered: int = 0, silent_s: float = 0.0) -> None:
-        self.breaks, self.unanswered, self.silent_s = list(breaks), unanswered, silent_s
+    def __init__(self, *breaks: int, unanswered: int = 0, silent_s: float = 0.0, forgets: bool = False) -> None:
+        self.breaks, self.unanswered, self.silent_s, self.forgets = list(breaks), unanswered, silent_s, forgets
+        self.away = False
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        if self.away:
+            raise requests.exceptions.ConnectionError
         length = self.breaks.pop(0) if self.breaks else len(LOG)
         yield LOG[:length]
         await asyncio.sleep(self.silent_s)
@@ -33,9 +36,12 @@ class Connection:
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
     def list_jobs(self) -> list[JobDetails]:
+        self.away = self.unanswered > 1
         if self.unanswered:
             self.unanswered -= 1
             raise requests.exceptions.ConnectionError
+        if self.forgets:
+            return []
         status = JobStatus.RUNNING if self.breaks else JobStatus.SUCCEEDED
         return [
             JobDetails(type=JobType.SUBMISSION, submission_id="linearsr-a-1", status=status, entrypoint="", metadata={RUN: "s3://runs/a"})
@@ -45,7 +51,7 @@ class Connection:
         return LOG
 
 
-def follow(connection: Connection) -> str:
+def follow(connection: Connection, *, tell: Callable[[str], None] = lambda _: None) -> str:
     client = JobClient.__new__(JobClient)
     client._client, client._address = connection, "http://head:8265"  # type: ignore[assignment]
     job = Job(
@@ -60,7 +66,7 @@ def follow(connection: Connection) -> str:
         exit_code=None,
         message="",
     )
-    return "".join(client.follow(job))
+    return "".join(client.follow(job, tell=tell))
 
 
 def test_a_log_comes_whole_and_once_across_lost_connections(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +86,19 @@ def test_a_job_that_printed_nothing_for_long_before_its_connection_was_lost_is_w
     monkeypatch.setattr(jobs, "RECONNECT_S", 0.01)
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.5)
     assert follow(Connection(9, unanswered=2, silent_s=0.6)) == LOG
+
+
+def test_each_time_that_a_cluster_does_not_answer_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.01)
+    told: list[str] = []
+    assert follow(Connection(9, 4, unanswered=3), tell=told.append) == LOG
+    assert told == ["http://head:8265 does not answer; waiting for it, 300 s at most"]
+
+
+def test_a_job_that_a_new_head_does_not_know_is_no_mistake_of_who_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.0)
+    with pytest.raises(StageError, match=r"linearsr-a-1: http://head:8265 knows it no more.*submit the recipe again"):
+        follow(Connection(9, unanswered=2, forgets=True))
 
 
 @pytest.mark.parametrize("option", [True, False])

@@ -184,7 +184,7 @@ def list_jobs(
 def _follow(client: "JobClient", job: "Job") -> None:
     """Print a job's log to its end; fails if the job does."""
     try:
-        for piece in client.follow(job):
+        for piece in client.follow(job, tell=lambda text: typer.echo(text, err=True)):
             typer.echo(piece, nl=False)
     except KeyboardInterrupt:
         typer.echo(

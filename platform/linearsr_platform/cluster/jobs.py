@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -78,6 +78,10 @@ class Submission:
     """Environment variables of the job; everybody with access to the cluster can read them."""
     cpus: float = 0.0
     """CPUs that the driver reserves; it mostly waits."""
+
+
+class JobForgotten(StageError):
+    """The cluster does not know a job that it knew."""
 
 
 class JobClient:
@@ -164,11 +168,15 @@ class JobClient:
         with self._answers():
             return str(self._client.get_job_logs(job.id))
 
-    def follow(self, job: Job) -> Iterator[str]:
+    def follow(self, job: Job, *, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
         """Yield what a job prints, from its beginning to its end, across lost connections.
 
+        Args:
+            job: to follow.
+            tell: told once of each time that the cluster does not answer.
+
         Raises:
-            UserError, StageError: if the cluster has not answered for `PATIENCE_S`.
+            UserError, StageError: if the cluster has not answered for `PATIENCE_S`, or knows the job no more.
         """
         seen, unanswered_since = 0, None
         while True:
@@ -182,24 +190,33 @@ class JobClient:
                         seen, unanswered_since = seen + len(new), None
                         yield new
             except (RuntimeError, OSError, aiohttp.ClientError):
-                # A forwarded port that is gone for a while is no reason to leave a job that goes on; what else is wrong `find` says.
+                # A forwarded port that is gone for a while is no reason to leave a job that goes on; what else is wrong `jobs` says.
                 pass
             try:
-                ended = self.find(job.id).ended
-                rest = self.logs(job)[seen:] if ended else ""
+                ended, rest = self._after(job, seen)
             except (UserError, StageError) as error:
                 # Counted from the first question without an answer: before it, a job may have had nothing to print for hours.
+                if unanswered_since is None and _passes(error):
+                    tell(f"{self._address} does not answer; waiting for it, {PATIENCE_S:g} s at most")
                 unanswered_since = unanswered_since or time.monotonic()
-                passes = isinstance(error, StageError) or isinstance(error.__cause__, UNANSWERED)
-                if not passes or time.monotonic() - unanswered_since > PATIENCE_S:
+                if not _passes(error) or time.monotonic() - unanswered_since > PATIENCE_S:
                     raise
             else:
                 unanswered_since = None
-                if rest:
-                    yield rest
+                yield rest
                 if ended:
                     return
             time.sleep(RECONNECT_S)
+
+    def _after(self, job: Job, seen: int) -> tuple[bool, str]:
+        """Return whether a job has ended, and what it then has printed after so many characters."""
+        now = next((known for known in self.jobs() if known.id == job.id), None)
+        if now is None:
+            raise JobForgotten(
+                f"{job.id}: {self._address} knows it no more, as after a new start of the cluster's head, which ends its jobs; "
+                "fix: submit the recipe again, it goes on from its checkpoints"
+            )
+        return now.ended, self.logs(job)[seen:] if now.ended else ""
 
     def stop(self, job: Job, *, wait_s: float) -> Job:
         """Ask a job to end, and return it when it has ended or the time is up. It goes on from its last checkpoint when submitted again."""
@@ -234,6 +251,11 @@ class JobClient:
             ) from error
         except (RuntimeError, requests.exceptions.RequestException) as error:
             raise StageError(f"{self._address}: {error}") from error
+
+
+def _passes(error: UserError | StageError) -> bool:
+    """Tell whether an error may be over at the next question."""
+    return isinstance(error.__cause__, UNANSWERED) or (isinstance(error, StageError) and not isinstance(error, JobForgotten))
 
 
 def _job(details: JobDetails) -> Job:
