@@ -158,6 +158,19 @@ def test_without_the_token_nothing_is_told(head: Head, token: str, said: str) ->
     assert done.stdout == ""
 
 
+def test_a_token_is_asked_for_where_ray_itself_misses_one(head: Head) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "linearsr_platform", "list", "--address", head.address],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**head.env(token=""), "RAY_AUTH_MODE": "token"},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "asks for a token" in done.stderr
+
+
 def test_a_job_that_is_not_there_is_missed_by_name(head: Head) -> None:
     done = head.linearsr("status", "smok")
     assert done.returncode == 2
@@ -179,3 +192,20 @@ def test_workers_find_secrets_by_reference(head: Head, tmp_path: Path) -> None:
     env = {**head.env(), "RAY_AUTH_MODE": "token"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env, timeout=120)
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+@pytest.mark.parametrize("environment", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}])
+def test_who_joins_with_another_token_is_told_so(head: Head, environment: dict[str, str]) -> None:
+    script = (
+        "from linearsr_platform.cluster.session import cluster_session\n"
+        "from linearsr_platform.errors import UserError\n"
+        "from linearsr_platform.recipe.schema import ClusterConfig\n"
+        "try:\n"
+        f"    with cluster_session(ClusterConfig(address={head.gcs!r})):\n"
+        "        pass\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    env = {**head.env(token=""), **environment}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env, timeout=120)
+    assert f"cluster.address: got {head.gcs!r}, whose cluster refused the token of" in done.stdout, done.stderr

@@ -100,6 +100,7 @@ class JobClient:
         self._address = address if "://" in address else f"http://{address}"
         if not self._address.startswith(("http://", "https://")):
             raise UserError(f"--address: got {address!r}; expected the URL of a Ray dashboard, such as http://HOST:8265")
+        self._has_token = token is not None
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with self._answers():
             self._client = JobSubmissionClient(self._address, headers=headers)
@@ -239,9 +240,9 @@ class JobClient:
         try:
             yield
         except AuthenticationError as error:
-            missing = "Missing" in str(error)
+            did = "refused the token" if self._has_token else "asks for a token"
             raise UserError(
-                f"--address: {self._address} {'asks for a token' if missing else 'refused the token'}; expected the token of the cluster; "
+                f"--address: {self._address} {did}; expected the token of the cluster; "
                 "fix: --token-file FILE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or put it into ~/.ray/auth_token"
             ) from error
         except UNANSWERED as error:

@@ -64,6 +64,10 @@ SECRETS = "LINEARSR_SECRETS"
 """Environment variable that brings references to secrets, as JSON, to the workers of a cluster."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable in which Ray tells a job what it was submitted with."""
+REFUSED = "InvalidAuthToken"
+"""In what Ray says of a token that is missing or another than the cluster's."""
+STRANGER = "No node info found"
+"""In what Ray says to a process on a machine without a node of the cluster, after a minute."""
 QUEUE_POLL_S = 10.0
 """How long Ray Train waits for room before it looks up: it does not react to anything meanwhile."""
 
@@ -180,14 +184,29 @@ def _existing_cluster(address: str, config: ClusterConfig, folders: tuple[Path, 
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
         except (OSError, ValueError, RuntimeError, RayError) as error:
-            raise UserError(
-                f"cluster.address: got {address!r}: {error}; expected the address of a running Ray cluster; "
-                "fix: start it, or leave cluster.address out to start one here"
-            ) from error
+            raise _not_connected(address, error) from error
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _not_connected(address: str, error: Exception) -> UserError:
+    """Say why a cluster cannot be joined. Of all causes Ray speaks as of an address where nobody is."""
+    if REFUSED in str(error.__cause__):
+        return UserError(
+            f"cluster.address: got {address!r}, whose cluster refused the token of {socket.gethostname()}; expected the token that the "
+            "cluster was started with; fix: export RAY_AUTH_MODE=token here, and put the token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
+    if STRANGER in str(error.__cause__):
+        return UserError(
+            f"cluster.address: got {address!r}, a cluster that {socket.gethostname()} is no node of; expected the command on one of its "
+            "nodes; fix: from here `linearsr submit RECIPE --address http://HOST:8265`, or make this machine a node with `ray start`"
+        )
+    return UserError(
+        f"cluster.address: got {address!r}: {error}; expected the address of a running Ray cluster; "
+        "fix: start it, or leave cluster.address out to start one here"
+    )
 
 
 def _runtime_env(variables: Mapping[str, str], folders: tuple[Path, Path]) -> dict[str, object]:
