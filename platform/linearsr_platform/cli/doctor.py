@@ -61,21 +61,20 @@ def _check(loaded: "LoadedRecipe", steps: int, workers: int | None, *, as_json: 
     from linearsr_platform.cli.execute import bring_secrets_of
     from linearsr_platform.cli.progress import make_display
     from linearsr_platform.cluster.session import cluster_session
-    from linearsr_platform.cluster.sight import require_shared_folder
+    from linearsr_platform.cluster.sight import require_shared_files
     from linearsr_platform.stages.context import RecipeContext
     from linearsr_platform.stages.doctor import check_recipe_resume
 
     bring_secrets_of(loaded)
-    root = storage.absolute(loaded.recipe.storage)
 
     def open_cluster() -> None:
         closing.enter_context(cluster_session(loaded.recipe.cluster, verbose=verbose))
-        require_shared_folder(root)
+        require_shared_files(loaded.recipe)
 
     with ExitStack() as closing, make_display(Console(stderr=True) if as_json else None) as display:
         context = RecipeContext(
             loaded=loaded,
-            storage_url=root,
+            storage_url=storage.absolute(loaded.recipe.storage),
             display=display,
             open_cluster=_Once(open_cluster),
         )

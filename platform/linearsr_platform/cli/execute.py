@@ -111,7 +111,7 @@ def open_context(
 ) -> "RunContext":
     """Connect tracking and prepare, without starting it, the cluster; `run_id` is a run to go on with if it is there."""
     from linearsr_platform.cluster.session import cluster_session
-    from linearsr_platform.cluster.sight import require_shared_folder
+    from linearsr_platform.cluster.sight import require_shared_files
     from linearsr_platform.stages.context import RunContext
     from linearsr_platform.tracking.journal import outbox_folder
     from linearsr_platform.tracking.runs import Tracker
@@ -143,7 +143,7 @@ def open_context(
         nonlocal opened
         if not opened:
             closing.enter_context(cluster_session(recipe.cluster, verbose=verbose))
-            require_shared_folder(root)
+            require_shared_files(recipe)
         opened = True
 
     return RunContext(

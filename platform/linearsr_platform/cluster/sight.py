@@ -1,4 +1,4 @@
-"""Whether all machines of a cluster see the same folder."""
+"""Whether all machines of a cluster see the same files."""
 
 import time
 from pathlib import Path
@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr_platform import storage
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.schema import Recipe
 
 ANSWER_S = 60.0
 """How long machines get to say whether they see a file, s. Most of it is the start of a process; who is silent passes."""
@@ -18,33 +19,52 @@ APPEAR_S = 5.0
 POLL_S = 0.2
 
 
-def require_shared_folder(url: str) -> None:
-    """Refuse a storage root that is a folder of this machine alone, where workers would look for shards in vain.
+def require_shared_files(recipe: Recipe) -> None:
+    """Refuse a storage root, or weights, that are files of this machine alone, where workers would look for them in vain.
 
-    A folder has to be at the same path everywhere. Asked are the machines that the cluster has now and that workers can run on.
+    They have to be at the same path everywhere. Asked are the machines that the cluster has now and that workers can run on.
 
     Args:
-        url: of the storage root; one of a store is not looked at.
+        recipe: complete; what it names in a store is not looked at.
 
     Raises:
-        UserError: naming the machines that do not see it.
+        UserError: naming the setting and the machines that do not see what it names.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, object]] = ray.nodes()  # type: ignore[no-untyped-call]
     others = [node for node in nodes if node["Alive"] and node["NodeID"] != here and _runs_workers(node)]
-    if not others or not storage.is_local(url):
+    if not others:
         return
-    probe = storage.join(url, f"seen-test-{uuid4().hex}")
-    storage.write_bytes(probe, b"")
+    weights, root = _weights(recipe), storage.absolute(recipe.storage)
+    probe = storage.join(root, f"seen-test-{uuid4().hex}") if storage.is_local(root) else None
+    if probe is not None:
+        storage.write_bytes(probe, b"")
     try:
-        blind = [_name(node) for node, sees in zip(others, _ask(others, probe), strict=True) if not sees]
+        answers = _ask(others, [*weights.values(), *([] if probe is None else [probe])])
     finally:
-        storage.remove(probe)
-    if blind:
-        raise UserError(
-            f"storage: got {url!r}, a folder that {', '.join(sorted(blind))} of the cluster cannot see; expected a place that every "
-            "machine sees; fix: a disk that all mount at this path, or a store: --set storage=s3://BUCKET/..."
-        )
+        if probe is not None:
+            storage.remove(probe)
+    named = {**({} if probe is None else {"storage": (root, probe)}), **{key: (path, path) for key, path in weights.items()}}
+    for key, (shown, path) in named.items():
+        blind = sorted(_name(node) for node, unseen in zip(others, answers, strict=True) if path in unseen)
+        if blind:
+            other = "a store: --set storage=s3://BUCKET/..." if key == "storage" else "a copy there"
+            raise UserError(
+                f"{key}: got {shown!r}, which {', '.join(blind)} of the cluster cannot see; expected a place that every machine sees; "
+                f"fix: a disk that all mount at this path, or {other}"
+            )
+
+
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """Return files of this machine that workers read too, by the setting that names them."""
+    named = {
+        "model.init_weights": recipe.model.init_weights,
+        "model.codec.source": recipe.model.codec.source,
+        "validation.weights": recipe.validation.weights,
+    }
+    found = {key: storage.absolute(path) for key, path in named.items() if path is not None and storage.is_local(path)}
+    # A codec's source may be the id of a hub, and what is missing here too is told by who needs it.
+    return {key: path for key, path in found.items() if Path(path).exists()}
 
 
 def _runs_workers(node: dict[str, object]) -> bool:
@@ -57,28 +77,29 @@ def _name(node: dict[str, object]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
-def _ask(nodes: list[dict[str, object]], path: str) -> list[bool]:
-    """Return of each machine whether it sees a file; one that is lost meanwhile, or does not answer, counts as one that does."""
-    look = ray.remote(num_cpus=0, max_retries=0)(_sees)
-    asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(str(node["NodeID"]), soft=False)).remote(path) for node in nodes
-    ]
+def _ask(nodes: list[dict[str, object]], paths: list[str]) -> list[list[str]]:
+    """Return of each machine the paths that it does not see; one that is lost meanwhile, or does not answer, counts as one that does."""
+    if not paths:
+        return [[] for _ in nodes]
+    look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
+    places = [NodeAffinitySchedulingStrategy(str(node["NodeID"]), soft=False) for node in nodes]
+    asked = [look.options(scheduling_strategy=place).remote(paths) for place in places]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
-    return [reference not in answered or _answer(reference) for reference in asked]
+    return [_answer(reference) if reference in answered else [] for reference in asked]
 
 
-def _answer(reference: "ray.ObjectRef[bool]") -> bool:
+def _answer(reference: "ray.ObjectRef[list[str]]") -> list[str]:
     try:
-        return bool(ray.get(reference))
+        return ray.get(reference)
     except RayError:
-        return True
+        return []
 
 
-def _sees(path: str) -> bool:
+def _unseen(paths: list[str]) -> list[str]:
     """Run in a worker."""
     end = time.monotonic() + APPEAR_S
-    while not Path(path).exists():
+    while unseen := [path for path in paths if not Path(path).exists()]:
         if time.monotonic() >= end:
-            return False
+            break
         time.sleep(POLL_S)
-    return True
+    return unseen
