@@ -102,6 +102,10 @@ def decode_picture(content: bytes, name: str) -> Picture:
             check_planes(image)
             grey = image.mode in ("1", "L", "LA", "La") or (_raw_mode(image) or "").startswith("LA")  # Pillow opens 16-bit LA as RGBA.
             deep = _deep_samples(image, content, notes)
+            if isinstance(image, PngImageFile):
+                # Asked for EXIF it decodes its pixels, and a second time it would not tell that they are broken.
+                image.load()
+                check_sums(content)
             exif, profile, dpi = _exif(image, notes), image.info.get("icc_profile"), _dpi(image)
             if image.getexif().get(0x0112, 1) not in (0, 1):
                 notes.append("turned upright as its EXIF says")
@@ -314,6 +318,23 @@ def check_planes(image: Image.Image) -> None:
     deep = isinstance(image, TiffImageFile) and max(image.tag_v2.get(Base.BitsPerSample, (8,))) > 8
     if deep and _in_planes(image) and any(tile.codec_name == "raw" for tile in getattr(image, "tile", [])):
         raise ValueError("16-bit samples stored plane by plane without compression cannot be read; save it with interleaved channels")
+
+
+def check_sums(content: bytes | memoryview) -> None:
+    """Refuse a PNG whose pixels changed since they were written: Pillow does not look at the sums of their chunks.
+
+    Raises:
+        ValueError: if a sum differs.
+
+    Source: PNG (W3C, third edition), 5.3 "Chunk layout".
+    """
+    position = 8
+    while position + 12 <= len(content):
+        end = position + 8 + int.from_bytes(content[position : position + 4], "big")
+        kind, found = content[position + 4 : position + 8], content[end : end + 4]
+        if kind == b"IDAT" and zlib.crc32(content[position + 4 : end]).to_bytes(4, "big") != found:
+            raise ValueError(f"its pixels are damaged or cut off: the checksum at byte {end} differs")
+        position = end + 4
 
 
 def _in_planes(image: Image.Image) -> bool:

@@ -192,3 +192,17 @@ def test_exif_larger_than_jpeg_holds_is_left_out_with_a_word():
     assert (jpeg.exif, jpeg.notes) == (None, ("EXIF left out: JPEG holds no more than 64 kB of it",))
     assert decode_picture(encode_picture(jpeg, ".jpg"), "long.jpg").size == (4, 4)
     assert fit_format(picture, ".png").exif == picture.exif
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_with_damaged_pixels_is_no_picture(mode):
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    image = Image.fromarray(np.asarray(noise.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else noise.convert(mode)
+    content = encoded(image)
+    first, end = content.index(b"IDAT") + 4, content.index(b"IEND") - 8
+    for place in range(first, end, 7):
+        for damaged in (content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :], content[:place]):
+            with pytest.raises(PictureError, match=r"a\.png: cannot be decoded"):
+                decode_picture(damaged, "a.png")
+            with pytest.raises(BadImageError, match="cannot be decoded"):
+                decode_image(damaged)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from linearsr.pictures import DECODING_ERRORS, check_planes, deep_grey, keyed_alpha, reduce_key, why_undecoded
+from linearsr.pictures import DECODING_ERRORS, check_planes, check_sums, deep_grey, keyed_alpha, reduce_key, why_undecoded
 
 Pixels = NDArray[np.uint8]
 
@@ -58,6 +58,8 @@ def decode_image(content: bytes | memoryview, *, halve_jpeg: bool = False) -> De
             with Image.open(BytesIO(content)) as image:
                 kind, mode = image.format or "", image.mode
                 rgb = to_rgb(image)
+                if kind == "PNG":
+                    check_sums(content)
                 # Not before: asked for EXIF, a PNG is decoded and forgets how deep it was.
                 upright = image.getexif().get(ORIENTATION, 1) == 1
         except DECODING_ERRORS as error:
