@@ -27,12 +27,18 @@ DECODING_ERRORS = (
     ValueError,
     TypeError,
     EOFError,
-    OverflowError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise on files that are not what they claim to be."""
+"""What Pillow's decoders raise on files that are not what they claim to be, much of it by oversight: of an AVIF with a broken box, say,
+`RuntimeError`."""
 IPTC = 0x0404
 """Photoshop's number of it in a JPEG."""
 PNG_XMP = "XML:com.adobe.xmp"

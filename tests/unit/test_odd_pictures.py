@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from linearsr.picture_files import encode_picture, fit_format, quantise
 from linearsr.pictures import Picture, PictureError, decode_picture, srgb_profile
@@ -206,3 +206,15 @@ def test_a_png_with_damaged_pixels_is_no_picture(mode):
                 decode_picture(damaged, "a.png")
             with pytest.raises(BadImageError, match="cannot be decoded"):
                 decode_image(damaged)
+
+
+@pytest.mark.parametrize(("kind", "place"), [("DDS", 80), ("AVIF", 81)])
+def test_whatever_a_decoder_raises_is_said_of_the_file(kind, place):
+    if not features.check("avif") and kind == "AVIF":
+        pytest.skip("this Pillow reads no AVIF")
+    content = encoded(Image.new("RGB", (9, 8)), kind)
+    broken = content[:place] + b"\0" + content[place + 1 :]
+    with pytest.raises(PictureError, match=r"a\.png: cannot be decoded"):
+        decode_picture(broken, "a.png")
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        decode_image(broken)

@@ -12,8 +12,9 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from linearsr.pictures import DECODING_ERRORS
 from linearsr_platform import storage
 from linearsr_platform.data.images import SUFFIXES
 from linearsr_platform.errors import UserError
@@ -332,7 +333,7 @@ def _size(known: KnownTestSet, file: Path) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             return image.size
-    except (OSError, UnidentifiedImageError) as error:
+    except DECODING_ERRORS as error:
         raise UserError(
             f"test set {known.name}: {file}: got {error}; expected an image; fix: download it again from {known.page}"
         ) from error
