@@ -18,8 +18,8 @@ INPUT_SUFFIXES = (*OUTPUT_SUFFIXES, ".bmp", ".tif", ".tiff")
 """File names that are taken for pictures, in lower case."""
 QUALITY = 95
 """Of JPEG and WebP."""
-LARGEST_SIDE_PX = {".jpg": 65535, ".jpeg": 65535, ".webp": 16383}
-"""Limits of the formats."""
+LARGEST_SIDE_PX = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+"""Limits of the libraries that write them: the format JPEG has room for 65535, libjpeg (`JPEG_MAX_DIMENSION`) takes 65500."""
 LARGEST_JPEG_EXIF = 65533
 """Bytes that fit into a JPEG's segment."""
 INCH_M = 0.0254

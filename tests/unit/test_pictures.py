@@ -183,8 +183,11 @@ def test_what_a_format_cannot_hold_is_said():
     assert jpeg.notes == ("16 bits reduced to 8: jpg holds no more", "transparency laid over white: JPEG has none")
     assert (jpeg.bits, jpeg.alpha, float(jpeg.colour.min())) == (8, None, 1.0)
     assert fit_format(picture, ".png") == picture
-    with pytest.raises(ValueError, match="at most 16383 a side; fix: write PNG"):
-        fit_format(Picture(np.zeros((1, 16384, 3), np.float32)), ".webp")
+    for suffix, limit in ((".jpg", 65500), (".webp", 16383)):
+        largest = encode_picture(Picture(np.zeros((1, limit, 3), np.float32)), suffix)
+        assert decode_picture(largest, "largest").size == (limit, 1)
+        with pytest.raises(ValueError, match=f"at most {limit} a side; fix: write PNG"):
+            fit_format(Picture(np.zeros((1, limit + 1, 3), np.float32)), suffix)
     assert [output_suffix(suffix) for suffix in (".JPG", ".tif", ".bmp", ".webp")] == [".JPG", ".png", ".png", ".webp"]
 
 
