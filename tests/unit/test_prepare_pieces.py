@@ -195,9 +195,19 @@ def test_the_photographs_of_webdataset_tars_are_sources(tmp_path: Path, kind: st
 
 
 def test_a_tar_that_is_cut_off_or_compressed_is_the_users_mistake(tmp_path: Path) -> None:
-    pack(tmp_path / "in/a.tar", {"a.png": file_of(photo(0))})
+    pack(tmp_path / "in/a.tar", {"a.png": file_of(photo(0)), "b.png": file_of(photo(1))})
     whole = (tmp_path / "in/a.tar").read_bytes()
-    for broken in (whole[:5000], gzip.compress(whole), b""):
+    with tarfile.open(tmp_path / "in/a.tar") as tar:
+        second = tar.getmember("b.png").offset
+        end = tar.offset
+    sparse = tarfile.TarInfo("a.png")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+    for broken in (
+        *(whole[:5000], gzip.compress(whole), b""),
+        # Nothing but what is missing tells that these are not whole.
+        *(whole[:second], whole[: second + 100], whole[:end]),
+        *(whole[:second] + b"B" + whole[second + 1 :], whole[:second] + sparse.tobuf(tarfile.GNU_FORMAT) + bytes(1536)),
+    ):
         (tmp_path / "in/a.tar").write_bytes(broken)
         with pytest.raises(UserError, match=r"a\.tar: got a tar that cannot be read"):
             run(config(tmp_path / "in"), tmp_path / "out")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from linearsr_platform import storage
+from linearsr_platform.data.tar_index import END
 from linearsr_platform.errors import StageError, UserError
 
 BLOCK_BYTES = 1 << 20
@@ -39,7 +40,8 @@ def index_tar(url: str, wanted: Callable[[str], bool]) -> list[Member]:
     """
     try:
         return storage.call(url, lambda fs, path: _members(fs, path, wanted))
-    except (EOFError, tarfile.TarError, FileNotFoundError) as error:
+    # OverflowError and ValueError: what tarfile makes of sizes and maps of holes that are none.
+    except (EOFError, OverflowError, ValueError, tarfile.TarError, FileNotFoundError) as error:
         raise UserError(f"{url}: got a tar that cannot be read: {error}; expected an uncompressed WebDataset tar") from error
 
 
@@ -67,6 +69,8 @@ def _members(fs: AbstractFileSystem, path: str, wanted: Callable[[str], bool]) -
         for info in tar:
             if not info.isfile():
                 continue
+            if info.issparse() or info.size < 0:
+                raise EOFError(f"member {info.name} is " + ("sparse" if info.issparse() else f"of size {info.size}"))
             # Headers alone do not show that the last member is cut off.
             if info.offset_data + info.size > size:
                 raise EOFError(f"member {info.name} reaches {info.offset_data + info.size - size} bytes past the end")
@@ -75,4 +79,8 @@ def _members(fs: AbstractFileSystem, path: str, wanted: Callable[[str], bool]) -
             members.append(Member(info.name, info.offset_data, info.size, content))
             # tarfile keeps every header it has seen; of a million members that is a gigabyte.
             tar.members.clear()  # type: ignore[attr-defined]
+        # tarfile takes a header that is broken or not there for the end; a cut between two members would go unseen.
+        stream.seek(tar.offset)  # type: ignore[attr-defined]
+        if stream.read(len(END)) != END:
+            raise EOFError(f"it is cut off or damaged at byte {tar.offset}")  # type: ignore[attr-defined]
     return members
