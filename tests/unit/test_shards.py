@@ -41,6 +41,23 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -
     return str(path)
 
 
+def with_size(size: bytes, kind: bytes) -> bytes:
+    """Return a tar's header with a size as it is written, and the right sum."""
+    info = tarfile.TarInfo("a.png")
+    info.type = kind
+    header = bytearray(info.tobuf())
+    header[124:136], header[148:156] = size.ljust(12, b"\0"), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_header(size: bytes) -> bytes:
+    """Return the extended header of a member of a size."""
+    length = next(length for length in range(len(size), len(size) + 20) if length == len(str(length)) + len(b" size=\n") + len(size))
+    record = b"%d size=%b\n" % (length, size)
+    return with_size(b"%o" % len(record), tarfile.XHDTYPE) + record + bytes(-len(record) % 512)
+
+
 def by_webdataset(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     with open(path, "rb") as stream:
         for raw in group_by_keys(tar_file_expander([{"url": path, "stream": stream}])):
@@ -126,6 +143,10 @@ def test_a_box_is_all_that_is_seen_of_a_jpeg(tmp_path: Path) -> None:
         (lambda raw: raw[:100] + b"\x01" + raw[101:], "no header at byte 0"),
         (lambda raw: b"PK" + raw, "no header at byte 0"),
         (lambda raw: b"\x1f\x8b" + raw[:50], "cannot be unpacked"),
+        (lambda raw: with_size(b"-0001000", tarfile.DIRTYPE) + raw, "a member of size b'-0001000'"),
+        (lambda raw: pax_header(b"-1024") + raw, "a member of size '-1024'"),
+        (lambda raw: pax_header(b"many") + raw, "a member of size 'many'"),
+        (lambda raw: pax_header(b"9" * 5000) + raw, "a member of size '9{20}'"),
     ],
 )
 def test_broken_tars_are_named_with_the_reason(tmp_path: Path, spoil: object, reason: str) -> None:

@@ -104,7 +104,7 @@ def _members(content: mmap.mmap | bytes) -> Iterator[tuple[str, Place]]:
             # Every tar ends with blocks of zeros: without them a cut between two members would go unseen.
             raise BadTarError(f"it is cut off at {len(content)} bytes")
         _check(header, position)
-        kind, size = header[156:157], int(extra["size"]) if "size" in extra else _number(header[124:136])
+        kind, size = header[156:157], _size(extra["size"], 10) if "size" in extra else _number(header[124:136])
         start = position + BLOCK_BYTES
         if start + size > len(content):
             raise BadTarError(f"it is cut off at {len(content)} bytes, inside a member of {size} bytes")
@@ -135,10 +135,18 @@ def _number(field_bytes: bytes) -> int:
     """Return a size: octal digits, or GNU's binary form for large ones."""
     if field_bytes[0] & 0x80:
         return int.from_bytes(field_bytes[1:], "big")
+    return _size(field_bytes.strip(b" \0") or b"0", 8)
+
+
+def _size(digits: str | bytes, base: int) -> int:
+    """Return the number that is written; one below zero would lead back to where reading has been."""
     try:
-        return int(field_bytes.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise BadTarError(f"it has a member of size {field_bytes!r}") from error
+        size = int(digits, base)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise BadTarError(f"it has a member of size {digits[:20]!r}")
+    return size
 
 
 def _name(header: bytes) -> str:
