@@ -216,7 +216,7 @@ def read_json(url: str) -> object:
     """
     try:
         value: object = json.loads(read_bytes(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{shown(url)}: expected a JSON file: {error}; fix: delete it and run the stage that writes it again") from error
     return value
 

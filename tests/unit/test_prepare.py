@@ -140,6 +140,14 @@ def test_tags_come_from_side_files(tmp_path: Path) -> None:
     assert list(images(manifest, tmp_path / "out", "high-quality")) == ["mine-b"]
 
 
+@pytest.mark.parametrize("side", [rb'{"tags": ["cup \ud83d"]}', b'{"tags": ' + b"[" * 100_000, b"[]"])
+def test_a_side_file_that_nothing_can_be_made_of_costs_its_photograph_and_no_other(tmp_path: Path, side: bytes) -> None:
+    (fill(tmp_path / "in", "a.png", "b.png") / "a.json").write_bytes(side)
+    manifest = run(config(tmp_path / "in"), tmp_path / "out")
+    assert [one.file for one in manifest.quarantined] == ["mine/a.png"]
+    assert manifest.quarantined[0].reason.startswith("its label a.json cannot be read: ")
+
+
 def test_without_marks_the_sharper_half_is_of_high_quality(tmp_path: Path) -> None:
     folder = fill(tmp_path / "in", "a.png", "b.png")
     for name in "cd":

@@ -41,6 +41,13 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -
     return str(path)
 
 
+def array(shape: tuple[int, ...]) -> bytes:
+    """Return the file of an array whose numbers may not all be there."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(400)
+
+
 def with_size(size: bytes, kind: bytes) -> bytes:
     """Return a tar's header with a size as it is written, and the right sum."""
     info = tarfile.TarInfo("a.png")
@@ -199,10 +206,24 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ([("a.jpg", b"no picture")], "not an image that can be decoded"),
         ([("a.png", picture("PNG", 1)), ("a.json", b"[1]")], "got list; expected a JSON object"),
         ([("a.png", picture("PNG", 1)), ("a.json", b"{")], "a.json: "),
+        ([("a.png", picture("PNG", 1)), ("a.json", b'{"a": ' + b"[" * 100_000)], "a.json: .*too deep"),
+        ([("a.png", picture("PNG", 1)), ("a.json", rb'{"tags": ["\ud83d"]}')], "a.json: .*surrogates"),
+        ([("a.png", picture("PNG", 1)), ("a.latent.npy", b"PK\x03\x04")], "a.latent.npy: this is no array"),
+        ([("a.png", picture("PNG", 1)), ("a.latent.npy", array((9, 9, 9))[:300])], "a.latent.npy: "),
+        ([("a.png", picture("PNG", 1)), ("a.latent.npy", array((10**14,)))], "a.latent.npy: this is a broken array"),
+        ([("a.png", picture("PNG", 1)), ("a.latent.npy", b"\x93NUMPY\1\0v\0" + b"((((".ljust(118))], "a.latent.npy: this is a broken"),
     ):
         url = write_tar(tmp_path / "bad.tar", members)
         with pytest.raises(StageError, match=rf"bad\.tar: sample a: .*{reason}"):
             read_images([url])
+
+
+@pytest.mark.parametrize("size", ['"24"', "NaN", "null", "1e400"])
+def test_a_size_that_is_no_number_is_named(tmp_path: Path, size: str) -> None:
+    facts = f'{{"width_px": {size}, "height_px": 16}}'.encode()
+    sample = next(read_shard(write_tar(tmp_path / "a.tar", [("a.png", picture("PNG", 1)), ("a.json", facts)])))
+    with pytest.raises(StageError, match=r"a\.tar: sample a: a\.json: got width_px .*; expected whole numbers"):
+        _ = sample.decoded_bytes
 
 
 def test_a_shard_deleted_or_replaced_while_it_is_read_stays_what_it_was(tmp_path: Path) -> None:

@@ -195,3 +195,10 @@ def test_a_store_that_refuses_to_answer_is_not_one_where_nothing_is():
             ask("denied://folder")
     with pytest.raises(UserError, match="Forbidden"):
         list_source("mine", SourceConfig(url="denied://folder/*.png"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_what_is_no_json_is_told_with_its_file(root, content):
+    storage.write_bytes(storage.join(root, "a.json"), content)
+    with pytest.raises(UserError, match=r"a\.json: expected a JSON file"):
+        storage.read_json(storage.join(root, "a.json"))

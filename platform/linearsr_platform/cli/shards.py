@@ -179,16 +179,17 @@ def _write_sheet(shards: "Sequence[str]", target: Path, limit: int) -> None:
 def _picture(key: str, members: "Mapping[str, bytes]") -> "tuple[str, Pixels] | None":
     """Return name and pixels of a sample; None if it has no picture that can be decoded."""
     from linearsr_platform.data.images import SUFFIXES, BadImageError, decode_image
+    from linearsr_platform.data.members import read_object
 
     content = next((content for name, content in members.items() if f".{name}" in SUFFIXES), None)
     if content is None:
         return None
     try:
         pixels = decode_image(content).pixels
-        said = json.loads(members["json"]) if "json" in members else None
+        said = read_object(members["json"]) if "json" in members else {}
     except (BadImageError, ValueError):
         return None
-    box = said.get("box") if isinstance(said, dict) else None
+    box = said.get("box")
     if isinstance(box, list) and len(box) == 4 and all(isinstance(side, int) for side in box):
         pixels = pixels[box[1] : box[3], box[0] : box[2]]
     return (key, pixels) if pixels.size else None

@@ -1,7 +1,6 @@
 """What people say about photographs: tags, split, quality, licence, from a CSV table or from files beside the image."""
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from linearsr.tags import normalise_tag, split_tags
 from linearsr_platform import storage
+from linearsr_platform.data.members import read_object
 from linearsr_platform.errors import UserError
 
 COLUMNS = ("file", "split", "quality", "tags", "licence", "source")
@@ -112,10 +112,7 @@ def parse_label(name: str, content: bytes) -> Label:
     text = content.decode("utf-8-sig")
     if not name.endswith(".json"):
         return Label(tags=label_of({"tags": text}).tags)
-    fields = json.loads(text)
-    if not isinstance(fields, dict):
-        raise ValueError(f"got {type(fields).__name__}; expected an object with `tags`")  # noqa: TRY004
-    return label_of(fields)
+    return label_of(read_object(text))
 
 
 def side_fields(image: Path) -> dict[str, object]:
@@ -126,9 +123,7 @@ def side_fields(image: Path) -> dict[str, object]:
     """
     table, plain = image.with_suffix(".json"), image.with_suffix(".txt")
     if table.is_file():
-        fields = json.loads(table.read_text(encoding="utf-8-sig"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"got {type(fields).__name__}; expected an object with `tags`")
+        fields = read_object(table.read_text(encoding="utf-8-sig"))
         label_of(fields)
         return fields
     if plain.is_file():

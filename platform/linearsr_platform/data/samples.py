@@ -1,6 +1,5 @@
 """Samples of shards: a picture, what is said about it, and its arrays; read and decoded when they are asked for. Imports no torch."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,6 +14,7 @@ from linearsr.tags import Caption
 from linearsr_platform import storage
 from linearsr_platform.data.images import BadImageError, Pixels, decode_image
 from linearsr_platform.data.jpeg import JpegDecoder, JpegHeader, jpeg_header
+from linearsr_platform.data.members import read_array, read_object
 from linearsr_platform.data.shard_files import Shard, read_entries
 from linearsr_platform.data.tar_index import Entry
 from linearsr_platform.errors import StageError
@@ -61,21 +61,25 @@ class RawSample:
         """
         if self._facts is None:
             try:
-                found = json.loads(self.read("json")) if "json" in self._entry.members else {}
+                self._facts = read_object(self.read("json")) if "json" in self._entry.members else {}
             except ValueError as error:
-                raise self.error(f"{self.key}.json: expected JSON: {error}") from error
-            if not isinstance(found, dict):
-                raise self.error(f"{self.key}.json: got {type(found).__name__}; expected a JSON object")
-            self._facts = found
+                raise self.error(f"{self.key}.json: cannot be read: {error}") from error
         return self._facts
 
     @property
     def meta(self) -> dict[str, object]:
-        """What `KEY.json` says, and its arrays by name; made anew at each call."""
+        """What `KEY.json` says, and its arrays by name; made anew at each call.
+
+        Raises:
+            StageError: if one of them cannot be read.
+        """
         arrays: dict[str, object] = {}
         for name in ARRAYS:
             if f"{name}.npy" in self._entry.members:
-                arrays[name] = np.load(BytesIO(self.view(f"{name}.npy")), allow_pickle=False)
+                try:
+                    arrays[name] = read_array(self.view(f"{name}.npy"))
+                except ValueError as error:
+                    raise self.error(f"{self.key}.{name}.npy: {error}") from error
         return {**self.facts, **arrays}
 
     @property
@@ -86,9 +90,16 @@ class RawSample:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Width and height of the part that may be used: what `KEY.json` says, or else the picture's own header."""
+        """Width and height of the part that may be used: what `KEY.json` says, or else the picture's own header.
+
+        Raises:
+            StageError: if neither can be read.
+        """
         if "width_px" in self.facts and "height_px" in self.facts:
-            return int(str(self.facts["width_px"])), int(str(self.facts["height_px"]))
+            width_px, height_px = self.facts["width_px"], self.facts["height_px"]
+            if isinstance(width_px, int) and isinstance(height_px, int):
+                return width_px, height_px
+            raise self.error(f"{self.key}.json: got width_px {width_px!r} and height_px {height_px!r}; expected whole numbers")
         name = self.picture_name
         try:
             if name in JPEG:

@@ -80,7 +80,7 @@ def _members(fs: AbstractFileSystem, path: str, wanted: Callable[[str], bool]) -
             # tarfile keeps every header it has seen; of a million members that is a gigabyte.
             tar.members.clear()  # type: ignore[attr-defined]
         # tarfile takes a header that is broken or not there for the end; a cut between two members would go unseen.
-        stream.seek(tar.offset)  # type: ignore[attr-defined]
+        stream.seek(tar.offset)
         if stream.read(len(END)) != END:
-            raise EOFError(f"it is cut off or damaged at byte {tar.offset}")  # type: ignore[attr-defined]
+            raise EOFError(f"it is cut off or damaged at byte {tar.offset}")
     return members

@@ -1,10 +1,8 @@
 """Check a prepared data set against its manifest, down to every sample: everything that is wrong, not only the first of it."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from linearsr_platform import storage
 from linearsr_platform.data.executor import OnProgress
 from linearsr_platform.data.images import BadImageError, Pixels, decode_stored
 from linearsr_platform.data.manifest import Manifest, ShardInfo, file_hash, prompt_suffix
+from linearsr_platform.data.members import read_array, read_object
 from linearsr_platform.data.picture_shards import Members, read_members
 from linearsr_platform.errors import StageError
 
@@ -106,9 +105,7 @@ def _sample(manifest: Manifest, split: str, key: str, members: Members, where: s
     sha256 = hashlib.sha256(content).hexdigest()
     yield from _key(split, key, sha256, seen)
     try:
-        meta = json.loads(members["json"])
-        if not isinstance(meta, dict):
-            raise ValueError(f"{type(meta).__name__}, no object")  # noqa: TRY004 (told like the others)
+        meta = read_object(members["json"])
     except (KeyError, ValueError) as error:
         yield f"got no readable json ({error}); expected what is known about the sample"
         return
@@ -174,8 +171,8 @@ def _arrays(manifest: Manifest, split: str, members: Members, meta: Mapping[str,
 
 def _array(name: str, member: bytes, shape: str, manifest: Manifest) -> Iterator[str]:
     try:
-        array = np.load(BytesIO(member), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = read_array(member)
+    except ValueError as error:
         yield f"got an array {name} that cannot be read: {error}"
         return
     if name == "latent":

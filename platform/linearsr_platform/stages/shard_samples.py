@@ -9,6 +9,7 @@ from typing import Any
 from linearsr.picture_files import INPUT_SUFFIXES, output_suffix
 from linearsr.pictures import PictureError
 from linearsr.sizing import SizePlan
+from linearsr_platform.data.members import read_object
 from linearsr_platform.data.picture_shards import Members
 from linearsr_platform.errors import StageError
 
@@ -64,10 +65,8 @@ def nothing_enlarged(shard: str, kinds: Mapping[str, int]) -> StageError:
 def corrected(members: dict[str, bytes], sizes: SizePlan) -> dict[str, bytes]:
     """Bring what a sample's own JSON says of its picture up to date, where it says it, and leave out the latent of the small one."""
     try:
-        facts = json.loads(members.get("json", b"null"))
+        facts = read_object(members.get("json", b"null"))
     except ValueError:
-        return members
-    if not isinstance(facts, dict):
         return members
     picture = next(content for name, content in members.items() if is_picture(name))
     new: dict[str, object] = {"width_px": sizes.output[0], "height_px": sizes.output[1], "sha256": hashlib.sha256(picture).hexdigest()}
