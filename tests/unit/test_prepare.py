@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from prepared_photos import config, everything, fill, images, photo, run
 
 from linearsr_platform import storage
-from linearsr_platform.data.labels import Label
+from linearsr_platform.data.labels import Label, read_table
 from linearsr_platform.data.manifest import load_manifest, verify_shards
 from linearsr_platform.data.plan import make_keys
 from linearsr_platform.data.sources import Candidate
@@ -128,6 +128,27 @@ def test_all_broken_lines_of_a_table_are_shown(tmp_path: Path) -> None:
         run(config(sources={"mine": {"url": str(tmp_path / "in"), "table": "t.csv"}}), tmp_path / "out", folder=tmp_path)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0].rpartition(" ")[2] for line in lines] == ["2", "3", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('file,split\na.png,"train\nb.png,held-out\nc.png,\n', "line 4: got no table .unexpected end of data"),
+        ("file,tags\na.png," + "x" * 200_000, "line 2: got no table .field larger than field limit"),
+        ('file,tags\na.png,"cup" red\n', "line 2: got no table"),
+        ("file,tags,tags\na.png,cup,\n", "got columns file, tags, tags; expected `file` and some of .*, each once"),
+    ],
+)
+def test_a_table_of_which_nobody_can_say_what_it_means_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    fill(tmp_path / "in", "a.png", "b.png", "c.png")
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(UserError, match=said):
+        run(config(sources={"mine": {"url": str(tmp_path / "in"), "table": "t.csv"}}), tmp_path / "out", folder=tmp_path)
+
+
+def test_a_table_of_an_old_mac_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbffile,tags\ra.png,cup\rb.png,\"sky, sea\"\r")
+    assert {name: label.tags for name, label in read_table(str(tmp_path / "t.csv")).items()} == {"a.png": ("cup",), "b.png": ("sky", "sea")}
 
 
 def test_tags_come_from_side_files(tmp_path: Path) -> None:

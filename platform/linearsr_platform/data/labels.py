@@ -72,10 +72,21 @@ def read_table(url: str) -> dict[str, Label]:
         text = storage.read_bytes(url).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"table {url}: cannot be read as UTF-8 text: {error}; fix: data.sources.NAME.table") from error
-    rows = csv.DictReader(StringIO(text), restkey="more")
+    # Strict: or a quote that nobody closes would swallow every line behind it.
+    rows = csv.DictReader(StringIO(text, newline=""), restkey="more", strict=True)
+    try:
+        return _labels(url, rows)
+    except csv.Error as error:
+        raise UserError(
+            f"table {url}, line {rows.reader.line_num}: got no table ({error}); expected comma-separated values; fix: close its quotes"
+        ) from error
+
+
+def _labels(url: str, rows: "csv.DictReader[str]") -> dict[str, Label]:
     header = tuple(rows.fieldnames or ())
-    if "file" not in header or not set(header) <= set(COLUMNS):
-        raise UserError(f"table {url}: got columns {', '.join(header) or 'none'}; expected `file` and some of {', '.join(COLUMNS[1:])}")
+    if "file" not in header or not set(header) <= set(COLUMNS) or len(set(header)) < len(header):
+        known = f"`file` and some of {', '.join(COLUMNS[1:])}, each once"
+        raise UserError(f"table {url}: got columns {', '.join(header) or 'none'}; expected {known}")
     labels: dict[str, Label] = {}
     problems = []
     for row in rows:
