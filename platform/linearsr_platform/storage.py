@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 from fsspec.config import conf
@@ -79,10 +80,19 @@ def absolute(url: str, folder: str | None = None) -> str:
     """Return a URL unchanged and a path absolute, relative ones taken from `folder` (default: the working directory).
 
     `folder` may itself be a URL. `~` is the home folder.
+
+    Raises:
+        UserError: if no file can have that name.
     """
     if not is_local(url):
         return url
-    path = Path(url.removeprefix("file://").removeprefix("local://")).expanduser()
+    try:
+        path = Path(url.removeprefix("file://").removeprefix("local://")).expanduser()
+        named = b"\0" not in os.fsencode(path)
+    except (RuntimeError, UnicodeEncodeError):
+        named = False
+    if not named:
+        raise UserError(f"storage: got {url!r}; expected the path of a file or folder; fix: check ~ and characters that no name can have")
     if folder is not None and not path.is_absolute():
         return join(folder, str(path))
     return os.path.abspath(path)
@@ -117,6 +127,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         # fsspec would read `::` in a name as a chain of file systems.
         return LocalFileSystem(), absolute(url)
     try:
+        urlsplit(url)
         fs, path = url_to_fs(url, use_listings_cache=False, **_options(url))
     except (ImportError, ValueError) as error:
         got = f"storage: got {shown(url)!r}"

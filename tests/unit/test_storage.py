@@ -174,6 +174,12 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch):
     assert storage.parent("a.yaml") == str(tmp_path)
 
 
+@pytest.mark.parametrize("url", ["~nobody-of-that-name/a", "a\0b", "file:///a\0b", "a\ud83d", "http://[::1/a"])
+def test_what_can_be_the_name_of_no_file_is_the_users_mistake(url):
+    with pytest.raises(UserError, match="storage: got "):
+        storage.exists(url)
+
+
 def test_an_unknown_scheme_is_the_users_mistake_and_names_the_url():
     with pytest.raises(UserError, match="s33://bucket"):
         storage.exists("s33://bucket/x")
