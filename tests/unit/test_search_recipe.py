@@ -56,6 +56,13 @@ def test_what_cannot_be_extended_is_named(tmp_path: Path, text: str, rule: str) 
     assert any(rule in problem for problem in problems(str(tmp_path / "top.yaml")))
 
 
+@pytest.mark.parametrize(
+    "key", ["data", "model", "validation", "evaluate", "experts", "pretrain", "finetune", "promote", "cluster", "search"]
+)
+def test_a_section_that_is_none_is_named_and_ends_no_rule(key: str) -> None:
+    assert any(problem.startswith(f"--set {key}=3: {key}: got 3") for problem in problems(SEARCH, f"{key}=3"))
+
+
 def test_what_a_search_found_becomes_numbers_of_the_recipe(tmp_path: Path) -> None:
     found = tmp_path / "runs" / "mine"
     found.mkdir(parents=True)

@@ -64,7 +64,7 @@ def all_rules() -> Iterator[Rule]:
     yield Rule(("search", "validation.metrics"), _search_is_measured)
     yield Rule(("search",), _rungs_ascend)
     yield Rule(("search",), _experts_fit_range)
-    yield Rule(("search", "model.codec"), _score_crop)
+    yield Rule(("search", "model.codec", "data.validation_px"), _score_crop)
     yield Rule(("search", "experts.train"), _rungs_can_go_on)
     for where in TRAINING_STAGES:
         yield from _stage_rules(where)
