@@ -147,7 +147,7 @@ def test_a_table_of_which_nobody_can_say_what_it_means_is_refused(tmp_path: Path
 
 
 def test_a_table_of_an_old_mac_is_read(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbffile,tags\ra.png,cup\rb.png,\"sky, sea\"\r")
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbffile,tags\ra.png,cup\rb.png,"sky, sea"\r')
     assert {name: label.tags for name, label in read_table(str(tmp_path / "t.csv")).items()} == {"a.png": ("cup",), "b.png": ("sky", "sea")}
 
 

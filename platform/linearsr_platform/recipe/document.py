@@ -16,6 +16,10 @@ KeyPath = tuple[str | int, ...]
 """Keys and list positions from the root of a document to a value."""
 
 _TAG = "tag:yaml.org,2002:"
+_DEEPEST = 50
+"""Sections and lists around a value; the deepest setting has five."""
+_MOST_VALUES = 100_000
+"""Values of a document, aliases written out: a few lines of aliases of aliases would fill any memory."""
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -66,17 +70,18 @@ def parse_document(text: str, file: str) -> Document:
     document = Document()
     try:
         node = _CoreLoader(text).get_single_node()
+        if node is not None:
+            document.value = _Builder(file, document).build(node, (), ())
+    except RecursionError:
+        rule = f"this is not valid YAML: lists and mappings are nested too deep; expected at most {_DEEPEST} levels"
+        document.problems.append(RecipeProblem(file=file, key="", value="", rule=rule))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         document.problems.append(RecipeProblem(file=f"{file}{line}", key="", value="", rule=f"this is not valid YAML: {reason}"))
-        return document
     except yaml.YAMLError as error:
         document.problems.append(RecipeProblem(file=file, key="", value="", rule=f"this is not valid YAML: {' '.join(str(error).split())}"))
-        return document
-    if node is not None:
-        document.value = _Builder(file, document).build(node, (), ())
     return document
 
 
@@ -96,8 +101,15 @@ class _Builder:
         self._document = document
 
     def build(self, node: yaml.Node, path: KeyPath, parents: tuple[Hashable, ...]) -> object:
-        """Build the value of a node; `parents` are the nodes around it, by identity."""
+        """Build the value of a node; `parents` are the nodes around it, by identity.
+
+        Raises:
+            yaml.MarkedYAMLError: if values lie too deep, or are too many.
+        """
         self._document.lines.setdefault(path, node.start_mark.line + 1)
+        if len(parents) > _DEEPEST or len(self._document.lines) > _MOST_VALUES:
+            rule = f"lists and mappings are nested too deep or repeated too often; expected {_DEEPEST} levels and {_MOST_VALUES} values"
+            raise yaml.MarkedYAMLError(problem=f"{rule} at most", problem_mark=node.start_mark)
         if id(node) in parents:
             return self._refuse(node, path, "a value that does not contain itself")
         inside = (*parents, id(node))
@@ -113,7 +125,7 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(key_node, path, "keys that are plain words")
                 continue
-            key = str(key_node.value)
+            key = self._text(key_node, path)
             inner = (*path, key)
             line = key_node.start_mark.line + 1
             if key in result:
@@ -129,7 +141,7 @@ class _Builder:
     def _scalar(self, node: yaml.Node, path: KeyPath) -> object:
         text, kind = str(node.value), node.tag.removeprefix(_TAG)
         if kind == "str":
-            return text
+            return self._text(node, path)
         if kind == "null":
             return None
         if kind == "bool" and text.lower() in ("true", "false"):
@@ -137,14 +149,25 @@ class _Builder:
         if kind in ("int", "float"):
             try:
                 number = int(text) if kind == "int" else float(text)
+                finite = math.isfinite(number)
             except ValueError:
                 return self._refuse(node, path, f"text that reads as {kind}")
-            return number if math.isfinite(number) else self._refuse(node, path, "a finite number")
+            except OverflowError:
+                finite = False
+            return number if finite else self._refuse(node, path, "a finite number")
         return self._refuse(node, path, "a value without a YAML tag")
+
+    def _text(self, node: yaml.Node, path: KeyPath) -> str:
+        r"""Return the text of a scalar; `\ud800` and the like are halves of a character, and no file, JSON or screen takes them."""
+        text = str(node.value)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return self._refuse(node, path, "text of whole characters")
+        return text
 
     def _refuse(self, node: yaml.Node, path: KeyPath, rule: str) -> str:
         """Note a problem and return the text that stands for the value."""
         file = f"{self._file}:{node.start_mark.line + 1}"
         value = str(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        value = value.encode("utf-8", "backslashreplace").decode("utf-8")
         self._document.problems.append(RecipeProblem(file=file, key=dotted(path), value=value, rule=rule))
         return value
