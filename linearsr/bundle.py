@@ -143,7 +143,7 @@ def load_bundle(folder: Path, *, codec_source: str | None = None) -> Bundle:
     try:
         raw = manifest.read_bytes()
         content = json.loads(raw)
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise BundleError(f"{manifest}: expected a bundle's JSON: {error}; fix: name the folder that holds bundle.json") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__

@@ -288,7 +288,7 @@ def _facts(lr: Path | None) -> LrFacts:
         tags = {str(name): tuple(map(str, words)) for name, words in found["tags"].items()}
         lr_tags = frozenset(map(str, found["lr_tags"])) if "lr_tags" in found else frozenset()
         return LrFacts(degradation=found["degradation"], seed=int(found["seed"]), tags=tags, lr_tags=lr_tags)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: got something else ({error}); expected degradation, seed and tags; fix: delete it") from error
 
 

@@ -95,7 +95,7 @@ class Evaluation:
             value = json.loads(text)
             tables = value["tables"] if "tables" in value else {_old_name(value["protocol"]): value}
             return cls(tables={str(name): _table(table) for name, table in tables.items()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"evaluation: got {text[:200]!r}; expected JSON with tables of protocol, test_set and rows") from error
 
     @classmethod

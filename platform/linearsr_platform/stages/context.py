@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from linearsr.config import CodecConfig
 from linearsr_platform import storage
+from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.load import LoadedRecipe
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.report.search_model import TrialRow
@@ -85,14 +86,22 @@ class StageResult:
 
     @classmethod
     def read(cls, url: str) -> "StageResult | None":
-        """Return the result in a stage's folder, or None if the stage was never finished there."""
+        """Return the result in a stage's folder, or None if the stage was never finished there.
+
+        Raises:
+            UserError: if what is there is no result.
+        """
         file = storage.join(url, "result.json")
         if not storage.exists(file):
             return None
         value: Any = storage.read_json(file)
         # The run's folder may have been moved since: where it is found is where it is, and so is what the result names in it.
-        data = _rebased(value["data"], storage.parent(value["url"]), storage.parent(url))
-        return cls(**{**value, "url": url, "data": data})
+        try:
+            data = _rebased(value["data"], storage.parent(value["url"]), storage.parent(url))
+            return cls(**{**value, "url": url, "data": data})
+        except (AttributeError, KeyError, TypeError) as error:
+            got = f"got what no stage writes ({error})"
+            raise UserError(f"{file}: {got}; expected its result; fix: delete it and run the stage again") from error
 
     @staticmethod
     def remove(url: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linearsr_platform import storage
+from linearsr_platform.errors import UserError
 from linearsr_platform.json_numbers import nan_for_null, null_for_nan
 from linearsr_platform.report.search_model import TrialRow, TrialState
 
@@ -65,12 +66,20 @@ class Ledger:
     """All trials of a search, by name, in the order in which they began."""
 
     def __init__(self, url: str) -> None:
-        """Read what earlier attempts left in a folder."""
+        """Read what earlier attempts left in a folder.
+
+        Raises:
+            UserError: if a file is no record of a trial.
+        """
         self._url = url
         self.records: dict[str, TrialRecord] = {}
         for file in storage.list_files(url, f"{PREFIX}*.json"):
-            record = _record(storage.read_json(file))
-            self.records[record.name] = record
+            try:
+                record = _record(storage.read_json(file))
+                self.records[record.name] = record
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                told = f"{file}: got what no search writes ({error}); expected the record of a trial"
+                raise UserError(f"{told}; fix: delete it: the trial is done again") from error
 
     def put(self, record: TrialRecord) -> None:
         """Keep a record, whole or not at all."""

@@ -124,7 +124,7 @@ class Measured:
         """
         try:
             return cls(**json.loads(text))
-        except TypeError as error:
+        except (RecursionError, TypeError) as error:
             raise ValueError(str(error)) from error
 
 

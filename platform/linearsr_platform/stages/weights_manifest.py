@@ -43,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, WeightsRecord]:
         return {name: _record(fields) for name, fields in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, RecursionError, TypeError, AttributeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{folder / FILE}: got {got}; expected what `linearsr prefetch` writes; fix: move it away and run that again"

@@ -150,15 +150,15 @@ def _locked(lines: Path, *, create: bool) -> int:
 
 
 def _read(lines: Path) -> tuple[str, dict[int, Operation], int]:
-    """Return the store's URI, operations by number, and the number up to which they were sent; a line cut short is no line."""
+    """Return the store's URI, operations by number, and the number up to which they were sent; one cut short or damaged is no line."""
     uri, numbered, sent = "", dict[int, Operation](), 0
     for line in lines.read_bytes().splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+            if "number" in value:
+                number = int(value.pop("number"))
+                numbered[number] = Operation.from_json(value)
+            uri, sent = str(value.get("uri", uri)), max(sent, int(value.get("sent", 0)))
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
             continue
-        if "number" in value:
-            number = value.pop("number")
-            numbered[number] = Operation.from_json(value)
-        uri, sent = value.get("uri", uri), max(sent, value.get("sent", 0))
     return uri, numbered, sent

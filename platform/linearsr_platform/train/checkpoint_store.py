@@ -4,6 +4,7 @@ Only worker 0 lists and deletes. `step_00000100/rank_0.safetensors` is followed 
 written last; a checkpoint is complete when the records of all its workers are there, and nothing else says so.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 
 PREFIX = "step_"
+NAME = re.compile(rf"{PREFIX}[0-9]+(?:-[0-9]+)?")
+"""Folders of other names, such as somebody's copy of a checkpoint, are none and stay where they are."""
 KEYS = frozenset({"workers", "attempt", "codec", "optimizer_step", "batches", "loop", "runs", "bytes", "hash"})
 """What every record must have."""
 
@@ -51,7 +54,7 @@ def record_file(url: str, worker: int) -> str:
 def names_in(url: str) -> list[str]:
     """Return the names of all checkpoints in a folder, complete or not, newest first: those after a rollback before those it undid."""
     names = [storage.name_of(folder) for folder in storage.list_folders(url)]
-    return sorted((name for name in names if name.startswith(PREFIX)), key=lambda name: parse_checkpoint_name(name)[::-1], reverse=True)
+    return sorted(filter(NAME.fullmatch, names), key=lambda name: parse_checkpoint_name(name)[::-1], reverse=True)
 
 
 def find(url: str, name: str) -> Found | None:
@@ -67,11 +70,11 @@ def find(url: str, name: str) -> Found | None:
             record = storage.read_json(file)
         except UserError:
             return Found(name, folder, (), f"{storage.name_of(file)} is not JSON")
-        if not isinstance(record, dict) or not record.keys() >= KEYS:
+        if not isinstance(record, dict) or not record.keys() >= KEYS or not isinstance(record["workers"], int):
             return Found(name, folder, (), f"{storage.name_of(file)} is no record of a worker")
         records.append(record)
         workers = record["workers"]
-    if len({record["attempt"] for record in records}) > 1:
+    if any(record["attempt"] != records[0]["attempt"] for record in records):
         # Of a worker that was thought dead and wrote on.
         return None
     return Found(name, folder, tuple(records))
