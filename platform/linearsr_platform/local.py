@@ -28,8 +28,10 @@ def beside(path: Path) -> Iterator[Path]:
     """Give a temporary name in the folder of `path`, so that renaming stays on one disk; clean it up whatever happens.
 
     Raises:
-        OSError: naming `path` if the block found no room on its disk.
+        OSError: naming `path` if it is the root of all folders, or the block found no room on its disk.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     end = f"{TEMPORARY_MARK}{uuid4().hex[:8]}{path.suffix}"
     # A name may be as long as the disk allows already.

@@ -98,6 +98,11 @@ def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
+def test_the_root_of_all_folders_is_no_file():
+    with pytest.raises(IsADirectoryError, match="'/'"):
+        storage.write_text("/", "a")
+
+
 def test_a_finished_file_may_be_named_a_part_of_something(tmp_path):
     names = ["pano.part-1.png", "trip.part-2/a.png", "x.part-cafe.tar"]
     for name in (*names, "b.part-0a1b2c3d.png", "c.part-0a1b2c3d/b.png", "w.mat.part-download", f"bundle.part-{uuid4().hex}/x"):
