@@ -62,10 +62,13 @@ def files_below(fs: AbstractFileSystem, path: str, above: tuple[str, ...] = ()) 
         fs: any file system.
         path: the folder in it.
         above: where the links are that led to it, free of links.
+
+    Raises:
+        OSError: if a local folder below cannot be read: `find` would leave out what is in it.
     """
     infos = dict(fs.find(path, detail=True))
     if isinstance(fs, LocalFileSystem):
-        for folder, names, _ in os.walk(path):
+        for folder, names, _ in os.walk(path, onerror=_raise_unless_gone):
             for link in filter(os.path.islink, (os.path.join(folder, name) for name in sorted(names))):
                 infos.pop(link, None)
                 way, target = (*above, os.path.realpath(folder)), os.path.realpath(link)
@@ -73,3 +76,8 @@ def files_below(fs: AbstractFileSystem, path: str, above: tuple[str, ...] = ()) 
                 if not any(os.path.commonpath((one, target)) == target for one in way):
                     infos |= files_below(fs, link, way)
     return infos
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

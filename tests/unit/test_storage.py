@@ -120,6 +120,25 @@ def test_files_behind_links_to_folders_are_listed_and_a_loop_of_links_ends(tmp_p
     assert [file.removeprefix(f"{tmp_path}/in/") for file in found] == ["a.png", "deeper/b.png", "linked/c.png", "linked/more/d.png"]
 
 
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    for name in ("a/b.png", "locked/c.png"):
+        storage.write_text(str(tmp_path / name), "x")
+    scan = os.scandir
+
+    def refuse(path):
+        # Not by its mode, which root may read whatever it is.
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        storage.list_files(str(tmp_path))
+    with pytest.raises(UserError, match=r"expected something readable: .*locked"):
+        list_source("mine", SourceConfig(url=str(tmp_path)))
+    assert storage.list_files(str(tmp_path / "nowhere")) == []
+
+
 def test_a_name_that_looks_like_a_chain_of_file_systems_is_a_name(tmp_path):
     url = str(tmp_path / "zip::b" / "take 1::2.png")
     storage.write_bytes(url, b"1")
