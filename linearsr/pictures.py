@@ -268,7 +268,7 @@ def _into_srgb(picture: Picture, profile: bytes) -> Picture:
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         name, space = ImageCms.getProfileDescription(source).strip(), source.profile.xcolor_space.strip()
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return replace(picture, notes=(*picture.notes, "unreadable colour profile left out"))
     if space == "CMYK":
         return replace(picture, profile=srgb_profile())

@@ -138,6 +138,15 @@ def test_a_profile_that_cannot_be_used_is_left_out_with_a_word():
     assert np.array_equal(quantise(picture), np.asarray(image))
 
 
+@pytest.mark.parametrize("place", [12, 16, 20, 36])
+def test_a_damaged_header_of_a_profile_costs_no_more_than_the_profile(place):
+    profile = srgb_profile()
+    broken = profile[:place] + b"\xd2" + profile[place + 1 :]
+    picture = decode_picture(encoded(Image.new("RGB", (5, 4)), icc_profile=broken), "a.png")
+    assert picture.size == (5, 4)
+    assert picture.profile in (None, broken, srgb_profile())
+
+
 def entries_of(content):
     """Raw entries of a picture's EXIF by tag, in the file's first folder and its Exif folder: type and bytes."""
     with Image.open(BytesIO(content)) as image:
