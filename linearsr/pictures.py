@@ -31,7 +31,6 @@ DECODING_ERRORS = (
     AssertionError,
     AttributeError,
     LookupError,
-    MemoryError,
     RuntimeError,
     struct.error,
     zlib.error,

@@ -64,7 +64,7 @@ def files_below(fs: AbstractFileSystem, path: str, above: tuple[str, ...] = ()) 
         above: where the links are that led to it, free of links.
 
     Raises:
-        OSError: if a local folder below cannot be read: `find` would leave out what is in it.
+        OSError: if a local folder below cannot be read, whose files `find` would leave out; but not of `lost+found`.
     """
     infos = dict(fs.find(path, detail=True))
     if isinstance(fs, LocalFileSystem):
@@ -79,5 +79,7 @@ def files_below(fs: AbstractFileSystem, path: str, above: tuple[str, ...] = ()) 
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+    # A disk's own folder, which only root reads, at the root of what may be a disk of photographs.
+    its_own = os.path.basename(error.filename) == "lost+found"
+    if not its_own and not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

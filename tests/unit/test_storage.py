@@ -121,13 +121,13 @@ def test_files_behind_links_to_folders_are_listed_and_a_loop_of_links_ends(tmp_p
 
 
 def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
-    for name in ("a/b.png", "locked/c.png"):
+    for name in ("a/b.png", "locked/c.png", "a/lost+found/d.png"):
         storage.write_text(str(tmp_path / name), "x")
     scan = os.scandir
 
     def refuse(path):
         # Not by its mode, which root may read whatever it is.
-        if str(path).endswith("locked"):
+        if str(path).endswith(("locked", "lost+found")):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scan(path)
 
@@ -137,6 +137,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"expected something readable: .*locked"):
         list_source("mine", SourceConfig(url=str(tmp_path)))
     assert storage.list_files(str(tmp_path / "nowhere")) == []
+    assert storage.list_files(str(tmp_path / "a")) == [str(tmp_path / "a/b.png")]
 
 
 def test_a_name_that_looks_like_a_chain_of_file_systems_is_a_name(tmp_path):
