@@ -53,7 +53,7 @@ def render_report(data: ReportData, pictures: Sequence[PhotoStrip]) -> str:
 
 
 TRADE_OFF = (
-    "More sampler steps add detail that the input does not determine: it looks more real and lies further from the one original. "
+    "More sampler steps add detail that the input does not determine: it lies further from the one original, and may look more real. "
     "The tinted side is better than bicubic."
 )
 TRAINING = (
