@@ -223,6 +223,12 @@ def test_sampler_that_never_calls_an_expert_is_told():
     assert "0: never runs" not in render_report(report(sampling_times=(1.0, 0.9, 0.5, 0.1)), [])
 
 
+def test_weights_that_were_kept_without_a_knee_are_not_called_one():
+    trainers = (curve("finetune", "expert-1", 20, (24.0, 24.5), confirmed_at=30), curve("finetune", "expert-2", 0, (24.5, 24.4)))
+    told = "Weights kept, step 20 \u00b7 0 finetune: 1 of 2 at a knee, else the best"
+    assert told in text_of(render_report(report(trainers=trainers), []))
+
+
 def test_numbers_travel_inside_the_page():
     html = render_report(report(sweep=(SweepPoint(steps=1, values={"psnr_y": NAN, "gmsd": 0.1}),)), [])
     carried = re.search(r'href="data:application/json;base64,([^"]*)"', html).group(1)

@@ -98,7 +98,7 @@ def _identity(data: ReportData) -> Markup:
 
 
 def _headline(data: ReportData) -> Markup:
-    tiles = [_failure(data), _gain(data, "one_step", data.distortion), _gain(data, "routed", data.perceptual), _knees(data), _release(data)]
+    tiles = [_failure(data), _gain(data, "one_step", data.distortion), _gain(data, "routed", data.perceptual), _kept(data), _release(data)]
     filled = [tile for tile in tiles if tile]
     return element("div", *filled, class_="tiles") if filled else Markup("")
 
@@ -122,13 +122,14 @@ def _gain(data: ReportData, kind: EstimateKind, metric: str) -> Markup:
     return _tile(f"{metric_label(metric)}, {row.label}", number(value), note, judged)
 
 
-def _knees(data: ReportData) -> Markup:
+def _kept(data: ReportData) -> Markup:
     last_stage = data.trainers[-1].stage if data.trainers else ""
-    knees = [curve.knee_step for curve in data.trainers if curve.stage == last_stage]
-    if not knees:
+    curves = [curve for curve in data.trainers if curve.stage == last_stage]
+    if not curves:
         return Markup("")
-    written = " \u00b7 ".join("\u2013" if knee is None else f"{knee}" for knee in knees)
-    return _tile("Knees, step", written, f"{last_stage}, {len(knees)} trainer{'s' if len(knees) != 1 else ''}")
+    written = " \u00b7 ".join("\u2013" if curve.knee_step is None else f"{curve.knee_step}" for curve in curves)
+    knees = sum(curve.confirmed_at is not None for curve in curves)
+    return _tile("Weights kept, step", written, f"{last_stage}: {knees} of {len(curves)} at a knee, else the best")
 
 
 def _release(data: ReportData) -> Markup:

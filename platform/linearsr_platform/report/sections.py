@@ -104,7 +104,7 @@ def experts(data: ReportData) -> Markup:
             row.append(element("td", f"{served[index]}") if served[index] else element("td", "0: never runs", class_="bad"))
         row.append(element("td", f"{knee}" if knee is not None else DASH))
         rows.append(element("tr", *row))
-    heads = ("Expert", "Noise level t", "log-SNR \u03bb", *(("Sampler steps",) if data.sampling_times else ()), "Last knee, step")
+    heads = ("Expert", "Noise level t", "log-SNR \u03bb", *(("Sampler steps",) if data.sampling_times else ()), "Weights kept, step")
     head = element("tr", *(element("th", title, scope="col") for title in heads))
     return join(
         element("div", noise_axis(data.boundaries, data.overlap_log_snr, data.sampling_times), class_="scroll"),
