@@ -15,6 +15,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.record import finished_outcome
+from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.scoring import Candidate, measure_all
 from linearsr_platform.cluster.trial import TrialPlan
 from linearsr_platform.errors import StageError
@@ -60,7 +61,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         for one in contenders
         for seed in seeds
     ]
-    measured = measure_all(plan.scoring, candidates, trial_share(context))
+    share = trial_share(context)
+    # Trainers may have needed less, and those that were done before needed nothing.
+    wait_for_room("finalists", share, context.recipe.cluster.queue_timeout_s)
+    measured = measure_all(plan.scoring, candidates, share)
     scores = np.array([values[section.metric] for values in measured]).reshape(len(contenders), len(seeds), -1)
     comparisons = compare(contenders, scores, higher_is_better=metric_spec(section.metric).higher_is_better)
     for one in comparisons:
