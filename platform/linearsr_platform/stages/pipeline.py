@@ -151,8 +151,16 @@ def _run_stage(context: RunContext, name: str, stage: Stage, key: str, url: str,
             reason = STOPPED if stopped else str(error) or type(error).__name__
             records.append(StageRecord(name=name, status="failed", seconds=seconds, summary=reason))
             context.display.stage_failed(name, reason)
-    known = StageResult(stage=name, key=key, url=url, summary=output.summary, seconds=seconds, run_id=tracked.run_id, data=output.data)
-    result = replace(known, content=output.content)
+    result = StageResult(
+        stage=name,
+        key=key,
+        url=url,
+        summary=output.summary,
+        seconds=seconds,
+        run_id=tracked.run_id,
+        data=output.data,
+        content=output.content,
+    )
     result.write()
     context.results[name] = result
     records.append(StageRecord(name=name, status="done", seconds=seconds, summary=output.summary))
