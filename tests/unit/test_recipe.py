@@ -63,6 +63,12 @@ def test_yaml_reads_numbers_as_numbers_and_nothing_else_as_something_else(text, 
         (f"a: {'[' * 9000}", None, "nested too deep"),
         ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), 1, "repeated too often"),
         ("? [a, b]\n: 1", 1, "plain words"),
+        ("a: 1\n<<: 2", 2, "a mapping, or a list of mappings"),
+        ("<<: [{a: 1},\n 3]", 2, "a mapping, or a list of mappings"),
+        ("a: &a\n  <<: *a", 1, "no part of"),
+        ("a: &a {b: {<<: *a}}", 1, "no part of"),
+        ("a: &a {x: 1, x: 2}\nb: {<<: *a}", 1, "already on line 1"),
+        (f"a: &a {{{', '.join(f'k{i}: 1' for i in range(400))}}}\nb: {{<<: [{', '.join(['*a'] * 400)}]}}", 1, "repeated too often"),
         ("a: \0", None, "not valid YAML"),
     ],
 )
@@ -70,6 +76,20 @@ def test_what_yaml_cannot_mean_is_a_problem_with_its_line(text, line, part):
     problem = parse_document(text, "f.yaml").problems[0]
     assert problem.file == (f"f.yaml:{line}" if line else "f.yaml")
     assert part in problem.rule
+
+
+def test_a_merge_key_gives_what_its_mapping_does_not_say_with_the_line_it_is_written_on():
+    text = """a: &a {x: 1, y: [2]}
+b: &b
+  y: 3
+  <<: *a
+c: {z: 0, <<: [*b, {x: 4, w: 5}], x: 6}
+"<<": kept
+"""
+    document = parse_document(text, "f.yaml")
+    assert document.problems == []
+    assert document.value == {"a": {"x": 1, "y": [2]}, "b": {"y": 3, "x": 1}, "c": {"z": 0, "x": 6, "y": 3, "w": 5}, "<<": "kept"}
+    assert (document.lines["b", "x"], document.lines["b", "y"], document.lines["c", "y"], document.lines["c", "x"]) == (1, 3, 3, 5)
 
 
 def test_a_minimal_recipe_resolves_every_default(write):

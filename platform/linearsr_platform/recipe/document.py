@@ -1,4 +1,4 @@
-"""YAML as recipes use it: the core schema of YAML 1.2, with the line of every key and without surprises.
+"""YAML as recipes use it: the core schema of YAML 1.2 and the merge key `<<`, with the line of every key and without surprises.
 
 PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false, `2024-01-01` is a date and a repeated key silently wins.
 """
@@ -16,6 +16,8 @@ KeyPath = tuple[str | int, ...]
 """Keys and list positions from the root of a document to a value."""
 
 _TAG = "tag:yaml.org,2002:"
+_MERGE = "<<"
+"""Key whose mapping, or list of mappings, gives what its own mapping does not say (https://yaml.org/type/merge.html)."""
 _DEEPEST = 50
 """Sections and lists around a value; the deepest setting has five."""
 _MOST_VALUES = 100_000
@@ -99,6 +101,8 @@ class _Builder:
     def __init__(self, file: str, document: Document) -> None:
         self._file = file
         self._document = document
+        self._inherited: dict[int, list[tuple[yaml.Node, yaml.Node]]] = {}
+        self._num_inherited = 0
 
     def build(self, node: yaml.Node, path: KeyPath, parents: tuple[Hashable, ...]) -> object:
         """Build the value of a node; `parents` are the nodes around it, by identity.
@@ -107,9 +111,7 @@ class _Builder:
             yaml.MarkedYAMLError: if values lie too deep, or are too many.
         """
         self._document.lines.setdefault(path, node.start_mark.line + 1)
-        if len(parents) > _DEEPEST or len(self._document.lines) > _MOST_VALUES:
-            rule = f"lists and mappings are nested too deep or repeated too often; expected {_DEEPEST} levels and {_MOST_VALUES} values"
-            raise yaml.MarkedYAMLError(problem=f"{rule} at most", problem_mark=node.start_mark)
+        self._limit(node, len(parents), len(self._document.lines))
         if id(node) in parents:
             return self._refuse(node, path, "a value that does not contain itself")
         inside = (*parents, id(node))
@@ -121,7 +123,7 @@ class _Builder:
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath, parents: tuple[Hashable, ...]) -> dict[str, object]:
         result: dict[str, object] = {}
-        for key_node, child in node.value:
+        for key_node, child in self._entries(node, path, parents):
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(key_node, path, "keys that are plain words")
                 continue
@@ -137,6 +139,34 @@ class _Builder:
             self._document.lines[inner] = line
             result[key] = self.build(child, inner, parents)
         return result
+
+    def _entries(self, node: yaml.MappingNode, path: KeyPath, parents: tuple[Hashable, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
+        """List a mapping's keys and values: its own, then those of its merge keys that it lacks; of two mappings the first has them."""
+        entries = [(key, value) for key, value in node.value if not _is_merge(key)]
+        taken = {key.value for key, _ in entries if isinstance(key, yaml.ScalarNode)}
+        for value in [value for key, value in node.value if _is_merge(key)]:
+            for section in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                inherited = self._inherit(section, path, parents)
+                entries += [entry for entry in inherited if entry[0].value not in taken]
+                taken |= {key.value for key, _ in inherited}
+        return entries
+
+    def _inherit(self, section: yaml.Node, path: KeyPath, parents: tuple[Hashable, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
+        if not isinstance(section, yaml.MappingNode) or id(section) in parents:
+            self._refuse(section, (*path, _MERGE), "a mapping, or a list of mappings, that this one is no part of")
+            return []
+        self._limit(section, len(parents), self._num_inherited)
+        if id(section) not in self._inherited:
+            entries = self._entries(section, path, (*parents, id(section)))
+            self._inherited[id(section)] = [(key, value) for key, value in entries if isinstance(key, yaml.ScalarNode)]
+        inherited = self._inherited[id(section)]
+        self._num_inherited += len(inherited)
+        return inherited
+
+    def _limit(self, node: yaml.Node, depth: int, values: int) -> None:
+        if depth > _DEEPEST or values > _MOST_VALUES:
+            rule = f"lists and mappings are nested too deep or repeated too often; expected {_DEEPEST} levels and {_MOST_VALUES} values"
+            raise yaml.MarkedYAMLError(problem=f"{rule} at most", problem_mark=node.start_mark)
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> object:
         text, kind = str(node.value), node.tag.removeprefix(_TAG)
@@ -171,3 +201,7 @@ class _Builder:
         value = value.encode("utf-8", "backslashreplace").decode("utf-8")
         self._document.problems.append(RecipeProblem(file=file, key=dotted(path), value=value, rule=rule))
         return value
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == _MERGE and key.style is None
