@@ -1,13 +1,16 @@
 """Several trainers on a cluster with room for two: they queue, fail alone, and resume after an interruption."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from safetensors.torch import save_file
 
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all, room_now
+from linearsr_platform.cluster.record import job_hash
 
 pytestmark = pytest.mark.ray
 
@@ -47,6 +50,29 @@ def test_one_of_four_fails_alone_and_only_it_is_trained_again(cluster, tmp_path:
     assert {name: fixed[name] for name in results} == results
     assert free_cpus() == 2
     board.close()
+
+
+def test_trainers_for_which_there_is_no_memory_wait_and_one_that_wants_all_of_it_runs_alone(cluster, tmp_path: Path) -> None:
+    from toy_training import toy_job
+
+    have = room_now().nodes[0].memory_bytes
+    board, ends, left = ProgressBoard.start(), [], []
+
+    def watch(new) -> None:
+        ends.extend((event.source, event.kind) for event in new if event.kind in ("start", "end"))
+        if ends and ends[-1][1] == "start":
+            left.append(ray.available_resources().get("memory", 0.0))
+
+    jobs = [replace(toy_job(tmp_path, name, pause_s=0.1), memory_bytes=share * have) for name, share in (("one", 0.6), ("two", 3.0))]
+    assert [job_hash(job) for job in jobs] == [job_hash(replace(job, memory_bytes=None)) for job in jobs]
+    for together in (jobs[:1] * 2, jobs[1:]):
+        named = [replace(job, name=f"{job.name}-{index}", output_url=f"{job.output_url}-{index}") for index, job in enumerate(together)]
+        fit_all(named, cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=watch)
+    board.close()
+    assert ends == [(name, kind) for name in ("one-0", "one-1", "two-0") for kind in ("start", "end")]
+    # Ray knows of it too, so that other runs on the cluster keep away.
+    assert min(left) < 0.01 * have
+    assert max(left) == pytest.approx(0.4 * have, rel=0.01)
 
 
 def test_an_interrupted_trainer_gives_its_workers_back_and_resumes(cluster, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_search_that_no_machine_has_room_for_is_refused_before_anything_is_pre
 
     # A recipe of eight CPUs, which the running cluster has not: what a recipe alone gives away is refused when it is read.
     changed = {"cluster.num_cpus": 8, "cluster.cpus_per_worker": 3}
-    told = "got no room for a trial, which takes 3 CPUs on one machine and 0.8 GB, on a cluster whose machines have 2 CPUs"
+    told = r"got no room for a trial, which takes 3 CPUs and 1\.\d+ GB of memory on one machine, on a cluster whose machines have 2 CPUs "
     with pytest.raises(UserError, match=told), tiny_search(tmp_path, changed) as context:
         run_search(context, redo_from=None, records=[])
     assert list((tmp_path / "runs").glob("tiny/*-*")) == []
@@ -148,7 +148,7 @@ def test_a_running_cluster_that_never_has_room_is_told(searched, folder: Path, c
 
     # An address says that the cluster may grow, or that others may leave it.
     elsewhere = {"cluster.address": "elsewhere", "cluster.cpus_per_worker": 3, "cluster.queue_timeout_s": 1}
-    told = f"{name}: found no room for 1 workers of 3 CPUs in 1 s"
+    told = rf"{name}: found no room for 1 workers of 3 CPUs and 1\.\d+ GB of memory in 1 s; .* or lower cluster.memory_gb_per_worker"
     with pytest.raises(StageError, match=told), tiny_search(folder, {**changed, **elsewhere}) as context:
         run_to(context, "trials")
 

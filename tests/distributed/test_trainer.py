@@ -210,14 +210,15 @@ def test_as_many_trainers_run_at_once_as_cpus_and_memory_allow(tmp_path: Path) -
     from toy_training import toy_job
 
     job, half = toy_job(tmp_path, "expert-1"), Share(cpus=0.5)
-    two_cpus = Room(nodes=(Share(cpus=2),), memory_bytes=100e9)
+    two_cpus = Room(nodes=(Share(cpus=2),))
     assert [fits(job, [job] * running, half, two_cpus) for running in range(5)] == [True] * 4 + [False]
     assert Room(nodes=(Share(cpus=1.5), Share(cpus=1.5))).workers(Share(cpus=1)) == 2
     assert Room(nodes=(Share(cpus=8, gpus=1),)).workers(Share(cpus=1, gpus=0.5)) == 2
 
-    small = Room(nodes=(Share(cpus=2),), memory_bytes=3e9)
-    assert [fits(job, [job] * running, half, small) for running in range(3)] == [True, True, False]
-    assert fits(job, [], half, Room(nodes=(Share(cpus=2),), memory_bytes=1e9))
+    gigabyte = Share(cpus=0.5, memory_bytes=1e9)
+    small = Room(nodes=(Share(cpus=2, memory_bytes=2e9),))
+    assert [fits(job, [job] * running, gigabyte, small) for running in range(3)] == [True, True, False]
+    assert not fits(job, [], gigabyte, Room(nodes=(Share(cpus=2, memory_bytes=9e8),) * 3))
 
 
 def test_the_worker_that_died_is_blamed_and_not_those_that_lost_it() -> None:

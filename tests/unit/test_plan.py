@@ -2,22 +2,30 @@
 
 import json
 import os
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from autoencoders import write_autoencoder
+
 from linearsr.backbone import Backbone
+from linearsr.codec_memory import CodecMemory
 from linearsr_platform.cli.app import app
+from linearsr_platform.cluster.capacity import Room, Share
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
-from linearsr_platform.stages.activations import network_size
+from linearsr_platform.stages.activations import network_size, training_size, worker_bytes
 from linearsr_platform.stages.context import StageResult
 from linearsr_platform.stages.pace import Pace, paces, train_seconds
 from linearsr_platform.stages.plan import plan_run
-from linearsr_platform.train.footprint import disk_bytes, footprint
+from linearsr_platform.train.footprint import checkpoint_bytes, footprint, snapshot_bytes
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
@@ -88,7 +96,7 @@ def test_the_paper_recipe_needs_what_its_comments_say() -> None:
             [MachineConfig(cpus=8, gpus=8, gpu_memory_gb=0.5)],
             "a worker takes 1.0 GB of a GPU with 0.5 GB",
         ),
-        ((), [MachineConfig(cpus=8, memory_gb=2.5)], "a trainer takes"),
+        ((), [MachineConfig(cpus=8, memory_gb=2.5)], "2 workers of 1.4 GB of memory each, but the machines (1 x 2.5 GB) have room for 1"),
         ((), [MachineConfig(cpus=1, count=9, memory_gb=1)], "GB of memory each, but the machines (9 x 1 GB) have room for 0"),
         ((), [MachineConfig(cpus=1, memory_gb=64), MachineConfig(cpus=1, memory_gb=1)], "(1 x 64 GB, 1 x 1 GB) have room for 1"),
         (("pretrain.workers=64", "pretrain.batch_size=64"), [MachineConfig(cpus=64)], "photographs for 64 workers"),
@@ -99,11 +107,21 @@ def test_what_can_never_run_is_said_with_the_arithmetic(overrides: tuple[str, ..
     assert any(said in problem for problem in problems), problems
 
 
-def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written() -> None:
-    kept = [recipe("pretrain.max_steps=100", "pretrain.validate_every=50", f"pretrain.keep_checkpoints={count}") for count in (2, 7)]
-    two, seven = (disk_bytes(one.pretrain, parameters=1000) for one in kept)
-    assert two == 1000 * (16 * 3 + 4 * 4)
-    assert seven - two == 5 * 16000
+def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written_as_far_as_there_are_so_many() -> None:
+    steps = ("pretrain.max_steps=100", "pretrain.validate_every=50", "pretrain.checkpoint_every=25")
+    kept = [recipe(*steps, f"pretrain.keep_checkpoints={count}").pretrain for count in (2, 3, 70)]
+    assert [checkpoint_bytes(one, parameters=1000) for one in kept] == [3 * 16000, 4 * 16000, 5 * 16000]
+    assert snapshot_bytes(kept[0], parameters=1000) == 4 * 4000
+
+
+def test_disk_of_a_run_is_the_most_at_any_time() -> None:
+    plan = plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=2)], {}, folder=FOLDER)
+    pretrain, experts, finetune = plan.training
+    kept = pretrain.snapshot_bytes + 4 * experts.snapshot_bytes + 4 * finetune.snapshot_bytes
+    assert (experts.at_once, finetune.at_once) == (2, 2)
+    assert plan.disk_bytes == kept + 2 * finetune.checkpoint_bytes
+    without = replace(plan, training=tuple(replace(stage, checkpoint_bytes=0.0) for stage in plan.training))
+    assert without.disk_bytes == kept + 2 * 4 * 4 * finetune.parameters
 
 
 def test_time_is_that_of_steps_and_validations_within_the_budget() -> None:
@@ -140,7 +158,7 @@ def test_experts_queue_where_not_all_have_room() -> None:
     [
         (("experts.cpus_per_worker=0.25",), None, 4),
         (("experts.cpus_per_worker=0.25", "search.max_concurrent=3"), None, 3),
-        ((), 1.7, 2),
+        ((), 3.4, 2),
         (("cluster.cpus_per_worker=5",), None, 0),
     ],
 )
@@ -192,3 +210,61 @@ def test_a_plan_is_made_before_there_are_secrets_and_a_bucket(missing: str, monk
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["training"][1]["source"] == "given"
     assert "earlier runs under s3://not-yet/runs were not looked at: " in done.stderr
+
+
+def test_memory_is_kept_for_workers_and_is_by_itself_no_reason_never_to_start() -> None:
+    room = Room(nodes=(Share(cpus=4, memory_bytes=64e9), Share(cpus=4, memory_bytes=16e9)))
+    cases = {(10, 1): 10, (10, 5): 10, (10, 7): 16 / 3, (10, 8): 4, (40, 2): 32, (100, 1): 64, (100, 5): 64 / 4, (100, 9): 4}
+    for (wanted_gb, workers), gigabytes in cases.items():
+        share = room.attainable(Share(cpus=1, memory_bytes=wanted_gb * 1e9), workers)
+        assert share.memory_bytes == pytest.approx(gigabytes * 1e9), (wanted_gb, workers)
+        assert room.workers(share) >= min(workers, 8)
+    assert str(Share(cpus=1, gpus=2, memory_bytes=3e9)) == "1 CPUs, 2 GPUs and 3 GB of memory"
+    assert Share(cpus=1, memory_bytes=2.7).resources == {"CPU": 1, "memory": 2}
+    assert Share(cpus=1).resources == {"CPU": 1}
+
+
+def test_fewer_experts_run_at_once_where_there_is_memory_for_no_more_and_the_recipe_may_say_how_much_to_keep() -> None:
+    large = ("experts.cpus_per_worker=1", "model.backbone={width: 768, num_blocks: 12, caption_width: 32, num_cross_heads: 12}")
+    each = plan_run(recipe(*large), [MachineConfig(cpus=4)], {}, folder=FOLDER).training[1].share.memory_bytes
+    assert each > 5e9
+    for machine_gb, own, at_once in (
+        (3.5 * each / 1e9, "null", 3),
+        (3.5 * each / 1e9, "0", 4),
+        (4.5 * each / 1e9, "null", 4),
+        (64, "30", 2),
+    ):
+        overrides = (*large, f"cluster.memory_gb_per_worker={own}", "pretrain.workers=1")
+        plan = plan_run(recipe(*overrides), [MachineConfig(cpus=4, memory_gb=machine_gb)], {}, folder=FOLDER)
+        assert (plan.training[1].at_once, plan.problems) == (at_once, ())
+
+
+def test_a_job_asks_for_the_memory_that_is_planned() -> None:
+    loaded = recipe()
+    planned = plan_run(loaded, [MachineConfig(cpus=4)], {}, folder=FOLDER)
+    trains = (loaded.pretrain, loaded.experts.train, loaded.finetune.train)
+    assert [stage.share.memory_bytes for stage in planned.training] == [worker_bytes(loaded, train) for train in trains]
+    assert all(1e9 < stage.share.memory_bytes < 2e9 for stage in planned.training)
+
+
+def test_a_dc_ae_is_counted_with_the_larger_of_what_it_codes(tmp_path: Path) -> None:
+    codec = f"model.codec={{kind: dc-ae, factor: 32, source: {write_autoencoder(tmp_path / 'dc-ae')}}}"
+    backbone = "model.backbone={width: 64, num_blocks: 1, caption_width: 32, num_cross_heads: 2}"
+    settings = (
+        codec,
+        backbone,
+        "model.prior=none",
+        "model.flow.loss_weighting=latent",
+        "pretrain.crop_px=128",
+        "experts.train.crop_px=128",
+    )
+    small, large = (training_size(recipe(*settings, f"validation.batch_size={size}"), recipe(*settings).pretrain) for size in (1, 8))
+    counted = CodecMemory.of(recipe(*settings).model.codec)
+    assert counted is not None
+    assert small.codec_weight_bytes == large.codec_weight_bytes == counted.weight_bytes
+    assert small.coding_bytes == 4 * counted.encode((4, 4))
+    assert large.coding_bytes == 8 * max(counted.encode((4, 4)), counted.decode((4, 4)))
+    memory = large.footprint(recipe(*settings).pretrain, gpu=False)
+    assert memory.codec == counted.weight_bytes + max(0, large.coding_bytes - large.activation_bytes)
+    missing = recipe(*settings, f"model.codec.source={tmp_path / 'away'}")
+    assert not training_size(missing, missing.pretrain).codec_counted

@@ -1,5 +1,6 @@
 """Recipes of searches: what they extend, what a search found, and what is refused before anything starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,9 +98,11 @@ def test_trials_at_once_are_counted_from_the_cluster_and_one_too_many_is_refused
     assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=None) == 3
     assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=2) == 2
     assert trials_at_once(Share(cpus=1, gpus=1), Room(nodes=machines), wanted=None) == 1
-    assert trials_at_once(Share(cpus=1), Room(nodes=machines, memory_bytes=2e9), wanted=None) == 2
+    assert trials_at_once(Share(cpus=1), Room(nodes=machines), wanted=None) == 6
+    with_memory = tuple(replace(machine, memory_bytes=2e9) for machine in machines)
+    assert trials_at_once(Share(cpus=1, memory_bytes=1.5e9), Room(nodes=with_memory), wanted=None) == 2
     with pytest.raises(
-        UserError, match=r"a trial, which takes 5 CPUs on one machine .* machines have 4 CPUs and 1 GPUs, 2 CPUs; .* fix: lower"
+        UserError, match=r"a trial, which takes 5 CPUs on one machine, .* machines have 4 CPUs and 1 GPUs; 2 CPUs; .* fix: lower"
     ):
         trials_at_once(Share(cpus=5), Room(nodes=machines), wanted=None)
 
@@ -108,7 +111,7 @@ def test_a_search_starts_on_a_cluster_that_grows_from_nothing_and_not_on_a_local
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     nothing = Room(nodes=(Share(cpus=0),))
-    monkeypatch.setattr(search, "room_of", lambda cluster: nothing)
+    monkeypatch.setattr(search, "room_now", lambda: nothing)
 
     def check(*overrides: str) -> None:
         loaded = load_recipe(SEARCH, None, overrides)

@@ -97,7 +97,9 @@ def _machines(cluster: "ClusterConfig") -> "list[MachineConfig]":
     from linearsr.memory import free_bytes
 
     cpus = float(cluster.num_cpus or os.cpu_count() or 1)
-    return [MachineConfig(cpus=cpus, gpus=float(cluster.num_gpus), memory_gb=free_bytes(torch.device("cpu")) / 1e9)]
+    # As Ray counts it for the cluster that it starts here.
+    memory_gb = (free_bytes(torch.device("cpu")) - cluster.object_store_mb * 2**20) / 1e9
+    return [MachineConfig(cpus=cpus, gpus=float(cluster.num_gpus), memory_gb=memory_gb)]
 
 
 def _show(planned: "RunPlan", *, gpu: bool) -> None:
@@ -110,7 +112,18 @@ def _show(planned: "RunPlan", *, gpu: bool) -> None:
         stages.add_row(*_row(stage))
     console.print(stages)
     memory = Table("worker takes, GB", *TRAINING, box=None, pad_edge=False)
-    for term in ("weights", "gradients", "optimizer", "average", "activations", "restore_points", "checkpoint_copy", "saving", "fixed"):
+    for term in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "average",
+        "activations",
+        "codec",
+        "restore_points",
+        "checkpoint_copy",
+        "saving",
+        "fixed",
+    ):
         memory.add_row(term.replace("_", " "), *(f"{getattr(stage.memory, term) / 1e9:.3g}" for stage in planned.training))
     where = "on the GPU" if gpu else "in all"
     memory.add_row(where, *(f"{stage.memory.device_bytes(gpu=gpu) / 1e9:.3g}" for stage in planned.training))
@@ -123,6 +136,7 @@ def _show(planned: "RunPlan", *, gpu: bool) -> None:
         typer.echo(f"{name:<12} {value}")
 
 
+_TERMS = ("weights", "gradients", "optimizer", "average", "activations", "codec", "restore_points", "checkpoint_copy", "saving", "fixed")
 _ROWS = ("stage", "trainers", "at once", "workers", "crops", "at most", "by")
 
 
@@ -137,7 +151,9 @@ def _totals(planned: "RunPlan") -> list[tuple[str, str]]:
     shares = dict.fromkeys(str(stage.share) for stage in planned.training)
     rows = [("network", f"{stage.parameters / 1e6:.4g}M parameters, {stage.tokens} tokens a crop")]
     rows.append(("a worker", " or ".join(shares)))
-    rows.append(("disk", f"{planned.disk_bytes / 1e9:.3g} GB of checkpoints and averaged weights"))
+    if not stage.codec_counted:
+        rows.append(("codec", "the DC-AE is not here and not counted"))
+    rows.append(("disk", f"{planned.disk_bytes / 1e9:.3g} GB at most: checkpoints, averaged weights, bundle and its copy in the registry"))
     rows.append(("photographs", str(planned.pictures)))
     if planned.trials_at_once is not None:
         rows.append(("search", f"{planned.trials_at_once} trials at once"))

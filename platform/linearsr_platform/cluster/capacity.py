@@ -1,30 +1,39 @@
 """How many workers a cluster has room for, as plain arithmetic. Imports no Ray."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 
-TRAINER_BYTES = 0.5e9
-"""Memory of the other processes of one trainer: what starts it, controller, synchronisation, its share of the autoscaler."""
-WORKER_BYTES = 0.8e9
-"""Memory of a worker with torch and DeepSpeed before its first step."""
 ROUNDING = 1e-9
 """Ten shares of 0.1 CPU fit one CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one worker reserves."""
+    """What one worker reserves, or what one machine has."""
 
     cpus: float
     gpus: float = 0.0
+    memory_bytes: float = 0.0
+    """Host memory; 0 reserves none. A machine's may be infinite, where nobody knows it."""
 
     def __str__(self) -> str:
         """Write it for people."""
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        parts = [f"{self.cpus:g} CPUs"]
+        parts += [f"{self.gpus:g} GPUs"] if self.gpus else []
+        parts += [f"{self.memory_bytes / 1e9:.3g} GB of memory"] if 0 < self.memory_bytes < inf else []
+        return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray is asked for, by its names; it takes memory in whole bytes."""
+        gpus = {"GPU": self.gpus} if self.gpus else {}
+        memory = {"memory": float(int(self.memory_bytes))} if self.memory_bytes >= 1 else {}
+        return {"CPU": self.cpus, **gpus, **memory}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,28 +42,48 @@ class Room:
 
     nodes: tuple[Share, ...]
     """What each machine has in all."""
-    memory_bytes: float | None = None
-    """Memory for all trainers together; None does not count it."""
 
     def workers(self, share: Share) -> int:
         """Return how many workers fit at once; each needs its share on one machine."""
-        return sum(
-            min(int(node.cpus / share.cpus + ROUNDING), int(node.gpus / share.gpus + ROUNDING) if share.gpus else 2**31)
-            for node in self.nodes
-        )
+        return sum(_times(node, share) for node in self.nodes)
+
+    def attainable(self, share: Share, workers: int) -> Share:
+        """Return a share with no more memory than lets a trainer of so many workers start when it has all machines to itself.
+
+        What a worker takes is an estimate, and what Ray counts as a machine's memory may be a part of it: by themselves they are no reason
+        never to try, only not to try two at once.
+        """
+        without = replace(share, memory_bytes=0.0)
+        workers = min(workers, self.workers(without))
+        limits = {node.memory_bytes / count for node in self.nodes for count in range(1, min(workers, _times(node, without)) + 1)}
+        amounts = sorted({share.memory_bytes, *(limit for limit in limits if limit < share.memory_bytes)}, reverse=True)
+        # The least always does: with it memory keeps no machine from taking as many as its CPUs and GPUs do.
+        return next(smaller for memory in amounts if self.workers(smaller := replace(share, memory_bytes=memory)) >= workers)
 
 
-def share_of_worker(cluster: ClusterConfig) -> Share:
-    """Return what a worker reserves where no stage says otherwise; a search's trials do too."""
-    return Share(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+def _times(node: Share, share: Share) -> int:
+    """Return how many shares a machine has."""
+    amounts = [(node.cpus, share.cpus), (node.gpus, share.gpus), (node.memory_bytes, share.memory_bytes)]
+    return min(int(min(has / wanted, 2**31) + ROUNDING) for has, wanted in amounts if wanted)
+
+
+def share_of_worker(cluster: ClusterConfig, *, cpus: float | None = None, memory_bytes: float | None = None) -> Share:
+    """Return what a worker reserves; a search's trials do too.
+
+    Args:
+        cluster: the recipe's.
+        cpus: of a stage that has its own; None for `cluster.cpus_per_worker`.
+        memory_bytes: what it is thought to take, where the recipe does not say what to reserve; None for nothing.
+    """
+    own = cluster.memory_gb_per_worker
+    memory = (memory_bytes or 0.0) if own is None else own * 1e9
+    return Share(cpus=cpus or cluster.cpus_per_worker, gpus=cluster.gpus_per_worker, memory_bytes=memory)
 
 
 def no_room(workers: int, share: Share, waited_s: float) -> str:
     """Say that so many workers found no room in a running cluster, and what to do about it."""
-    return (
-        f"found no room for {workers} workers of {share} in {waited_s:g} s; "
-        "fix: wait for other work to end, or raise cluster.queue_timeout_s"
-    )
+    settings = "cluster.queue_timeout_s" + (", or lower cluster.memory_gb_per_worker" if share.memory_bytes else "")
+    return f"found no room for {workers} workers of {share} in {waited_s:g} s; fix: wait for other work to end, or raise {settings}"
 
 
 def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
@@ -71,7 +100,11 @@ def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
     most = room.workers(share)
     for name, wanted in workers.items():
         if wanted > most:
-            total = Share(cpus=sum(node.cpus for node in room.nodes), gpus=sum(node.gpus for node in room.nodes))
+            total = Share(
+                cpus=sum(node.cpus for node in room.nodes),
+                gpus=sum(node.gpus for node in room.nodes),
+                memory_bytes=sum(node.memory_bytes for node in room.nodes) if share.memory_bytes else 0.0,
+            )
             raise UserError(
                 f"{name}: got {wanted} workers of {share} each; expected at most {most}, because the cluster has {total} "
                 f"on {len(room.nodes)} machines; fix: lower train.workers or cpus_per_worker, or raise cluster.num_cpus"
@@ -90,27 +123,21 @@ def trials_at_once(share: Share, room: Room, *, wanted: int | None, may_grow: bo
     Raises:
         UserError: with the arithmetic, if not even one has room.
     """
-    by_memory = room.memory_bytes // WORKER_BYTES if room.memory_bytes is not None else None
-    most = room.workers(share) if by_memory is None else min(room.workers(share), int(by_memory))
+    most = room.workers(share)
     if most < 1 and may_grow:
         return 1
     if most < 1:
-        machines = ", ".join(str(node) for node in room.nodes)
-        memory = "" if room.memory_bytes is None else f" and {room.memory_bytes / 1e9:.1f} GB of memory"
+        machines = "; ".join(str(node) for node in room.nodes)
         raise UserError(
-            f"search: got no room for a trial, which takes {share} on one machine and {WORKER_BYTES / 1e9:.1f} GB, on a cluster whose "
-            f"machines have {machines}{memory}; expected room for one; fix: lower cluster.cpus_per_worker or cluster.gpus_per_worker, "
-            "or raise cluster.num_cpus"
+            f"search: got no room for a trial, which takes {share} on one machine, on a cluster whose machines have {machines}; expected "
+            "room for one; fix: lower cluster.cpus_per_worker or cluster.gpus_per_worker, or raise cluster.num_cpus"
         )
     return most if wanted is None else min(most, wanted)
 
 
 def fits(job: TrainJob, running: Sequence[TrainJob], share: Share, room: Room) -> bool:
-    """Tell whether a job has room beside those that run. One job alone always has, as far as memory goes.
+    """Tell whether a job has room beside those that run.
 
     An elastic one starts with what it needs at least, and those that run have taken all that they may.
     """
-    workers = job.train.least_workers + sum(other.train.workers for other in running)
-    memory = (1 + len(running)) * TRAINER_BYTES + workers * WORKER_BYTES
-    enough_memory = room.memory_bytes is None or not running or memory <= room.memory_bytes
-    return workers <= room.workers(share) and enough_memory
+    return job.train.least_workers + sum(other.train.workers for other in running) <= room.workers(share)

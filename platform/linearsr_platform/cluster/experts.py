@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
-from linearsr_platform.cluster.capacity import Room, Share, fits, require_room
+from linearsr_platform.cluster.capacity import Room, Share, fits, require_room, share_of_worker
 from linearsr_platform.cluster.record import finished_outcome, run_name
 from linearsr_platform.cluster.reservations import release_abandoned
 from linearsr_platform.errors import StageError, UserError
@@ -77,7 +77,6 @@ def fit_all(
     Raises:
         UserError: if a job could never start on this cluster.
     """
-    share = Share(cpus=cpus_per_worker or cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
     results: dict[str, Result] = {}
     queue: deque[TrainJob] = deque()
     for job in jobs:
@@ -89,7 +88,9 @@ def fit_all(
             if not keep_checkpoints:
                 storage.remove(storage.join(storage_url, run_name(job)))
     if queue:
-        room = room_of(cluster)
+        room, least = room_now(), max(job.train.least_workers for job in queue)
+        memory = max(job.memory_bytes or 0.0 for job in queue)
+        share = room.attainable(share_of_worker(cluster, cpus=cpus_per_worker, memory_bytes=memory), least)
         if cluster.address is None:
             require_room({job.name: job.train.least_workers for job in queue}, share, room)
         _Fleet(cluster, share, room, storage_url, board, keep_checkpoints).run(queue, on_poll, results)
@@ -128,7 +129,7 @@ class _Fleet:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
-            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share.cpus, self._keep)
+            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share, self._keep)
             self._running[ref] = job
 
     def _result(self, ref: Ref, job: TrainJob) -> Result:
@@ -143,7 +144,8 @@ class _Fleet:
         if isinstance(result, TrainOutcome) or not result.lost or self._restarts[job.name] >= job.train.max_failures:
             return False
         self._restarts[job.name] += 1
-        text = f"the process that drives {job.name} was lost; starting it again, from its last checkpoint"
+        causes = "killed, out of memory, or its machine gone"
+        text = f"the process that drives it was lost ({causes}); starting it again, from its last checkpoint"
         self._board.push(job.name, "message", 0, {}, {"text": text})
         return True
 
@@ -176,28 +178,27 @@ class _Fleet:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _train(
-    job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus_per_worker: float, keep_checkpoints: bool
-) -> Result:
+def _train(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, share: Share, keep_checkpoints: bool) -> Result:
     """Run one trainer. A task, because it can be cancelled; without CPUs, because an expert would wait for its own."""
     # Imports torch, which the driver need not.
     from linearsr_platform.cluster.trainer import fit
 
     try:
-        return fit(job, cluster, storage_url=storage_url, board=board, cpus_per_worker=cpus_per_worker, keep_checkpoints=keep_checkpoints)
+        return fit(job, cluster, storage_url=storage_url, board=board, share=share, keep_checkpoints=keep_checkpoints)
     except (UserError, StageError) as error:
         details, lost = getattr(error, "details", ""), getattr(error, "lost", False)
         return TrainerFailure(name=job.name, message=str(error), details=details, by_user=isinstance(error, UserError), lost=lost)
 
 
-def room_of(cluster: ClusterConfig) -> Room:
-    """Return what the connected cluster has; memory only of a local one, whose trainers share it with nobody."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    memory_bytes = sum(resources.get("memory", 0.0) for resources in nodes) if cluster.address is None else None
-    return Room(nodes=machines(), memory_bytes=memory_bytes)
+def room_now() -> Room:
+    """Return what the connected cluster has in all, whoever uses it."""
+    return Room(nodes=machines())
 
 
 def machines() -> tuple[Share, ...]:
     """Return what each machine of the connected cluster has in all."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return tuple(Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0)) for resources in nodes)
+    return tuple(
+        Share(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), memory_bytes=resources.get("memory", 0.0))
+        for resources in nodes
+    )

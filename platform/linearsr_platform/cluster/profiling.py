@@ -45,7 +45,7 @@ def profile_on_cluster(plan: ProfilePlan, share: Share, on_level: Callable[[int,
         on_level: called with the number of levels done and of all.
     """
     board = ProgressBoard.start()
-    ref = _profile.options(num_cpus=share.cpus, num_gpus=share.gpus).remote(plan, board)
+    ref = _profile.options(num_cpus=share.cpus, num_gpus=share.gpus, memory=int(share.memory_bytes)).remote(plan, board)
     try:
         done: list[object] = []
         while not done:

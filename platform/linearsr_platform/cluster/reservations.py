@@ -28,7 +28,7 @@ def wait_for_room(name: str, share: Share, limit_s: float) -> None:
     Raises:
         StageError: if there was no room for so long.
     """
-    group = placement_group([{"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})}])
+    group = placement_group([share.resources])
     try:
         if not group.wait(limit_s):
             raise StageError(f"{name}: {no_room(1, share, limit_s)}")

@@ -84,7 +84,7 @@ class Candidate:
 
 def measure_all(scoring: Scoring, candidates: Sequence[Candidate], share: Share) -> list[dict[str, list[float]]]:
     """Score candidates on the cluster, as many at once as there is room for, each with a worker's share; in their order."""
-    task = _measure.options(num_cpus=share.cpus, num_gpus=share.gpus)
+    task = _measure.options(num_cpus=share.cpus, num_gpus=share.gpus, memory=int(share.memory_bytes))
     shared = ray.put(scoring)
     results: list[dict[str, list[float]]] = ray.get([task.remote(shared, one, max(1, int(share.cpus))) for one in candidates])
     return results

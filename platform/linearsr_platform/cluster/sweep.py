@@ -69,7 +69,7 @@ def run_sweep(
     try:
         trainable = tune.with_parameters(BoundaryTrial, plan=plan, board=board, claims=claims)
         tune.Tuner(
-            tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+            tune.with_resources(trainable, share.resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher, scheduler=scheduler, num_samples=trials, max_concurrent_trials=concurrent, reuse_actors=True
             ),

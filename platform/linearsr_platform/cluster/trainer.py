@@ -21,7 +21,7 @@ from ray.train.v2.api.result import Result
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.cluster.capacity import Share, no_room
+from linearsr_platform.cluster.capacity import Share, no_room, share_of_worker
 from linearsr_platform.cluster.controller import TrainController
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
 from linearsr_platform.cluster.patience import Patience
@@ -38,7 +38,7 @@ def fit(
     *,
     storage_url: str,
     board: ProgressBoard,
-    cpus_per_worker: float | None = None,
+    share: Share | None = None,
     keep_checkpoints: bool = False,
 ) -> TrainOutcome:
     """Train a job on the cluster and return its outcome; a finished job returns it at once, an interrupted one resumes.
@@ -47,10 +47,10 @@ def fit(
 
     Args:
         job: what to do.
-        cluster: how much each worker gets.
+        cluster: how long to wait for room.
         storage_url: folder for the checkpoints of jobs.
         board: told about progress.
-        cpus_per_worker: instead of `cluster.cpus_per_worker`.
+        share: what each worker reserves; None takes what `cluster` says.
         keep_checkpoints: whether they stay when the job is finished.
 
     Raises:
@@ -61,8 +61,7 @@ def fit(
     outcome = finished_outcome(job)
     if outcome is None:
         claim_folder(job)
-        cpus = cpus_per_worker or cluster.cpus_per_worker
-        trainer = _trainer(job, cluster, storage.absolute(storage_url), board, cpus)
+        trainer = _trainer(job, cluster, storage.absolute(storage_url), board, share or share_of_worker(cluster))
         try:
             trainer.fit()
         except (TrainingFailedError, RayError) as error:
@@ -114,20 +113,19 @@ def _work(config: dict[str, Any]) -> None:
     train_worker(config)
 
 
-def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, cpus: float) -> DataParallelTrainer:
-    gpus = cluster.gpus_per_worker
-    threads, least = max(1, int(cpus)), job.train.min_workers
-    refusal = no_room(job.train.least_workers, Share(cpus=cpus, gpus=gpus), cluster.queue_timeout_s)
+def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, share: Share) -> DataParallelTrainer:
+    threads, least = max(1, int(share.cpus)), job.train.min_workers
+    refusal = no_room(job.train.least_workers, share, cluster.queue_timeout_s)
     return _LeanTrainer(
         _work,
         patience=Patience(cluster.queue_timeout_s, refusal),
         # The job by reference: Ray Train's own processes then need not import what is in it.
         train_loop_config={"job": ray.put(job), "board": board, "threads": threads, "checkpoints": checkpoints_url(storage_url, job)},
-        backend_config=LateTorch("nccl" if gpus else "gloo"),
+        backend_config=LateTorch("nccl" if share.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers if least is None else (least, job.train.workers),
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            use_gpu=share.gpus > 0,
+            resources_per_worker=share.resources,
         ),
         run_config=RunConfig(
             name=run_name(job),

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from linearsr.experts import EFFECTIVE_LOG_SNR
 from linearsr_platform.recipe.section import Count, Experts, Name, Positive, Section, Seed
+from linearsr_platform.recipe.train_schema import TrainConfig
 
 
 class ProfileSection(Section):
@@ -67,3 +68,9 @@ class SearchSection(Section):
     profile: ProfileSection = ProfileSection()
     score: ScoreSection = ScoreSection()
     finalists: FinalistsSection = FinalistsSection()
+
+
+def trial_training(train: TrainConfig) -> TrainConfig:
+    """Return a run's training on one worker with the same batches, for a number of steps that the knee does not cut short."""
+    knee = train.knee.model_copy(update={"stop": False})
+    return train.model_copy(update={"workers": 1, "accumulation": train.workers * train.accumulation, "max_seconds": None, "knee": knee})

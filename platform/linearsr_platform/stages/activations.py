@@ -1,20 +1,24 @@
-"""What a network keeps for its backward pass, found without computing anything: on torch's meta device."""
+"""What a network keeps for its backward pass, found without computing anything: on torch's meta device. And what its workers take."""
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from linearsr.backbone import Backbone
+from linearsr.codec_memory import CodecMemory
+from linearsr.codec_source import CodecError
 from linearsr.conditioning import TextEmbedding
-from linearsr_platform.recipe.schema import ModelSection
+from linearsr_platform.recipe.schema import ModelSection, Recipe
 from linearsr_platform.recipe.train_schema import TrainConfig
+from linearsr_platform.train.footprint import Footprint, footprint
 
 TAGS = 100
 """Size of a vocabulary where the data has not been looked at: its embeddings are a small part of the parameters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkSize:
     """What a training step of one micro-batch is about."""
 
@@ -23,6 +27,48 @@ class NetworkSize:
     """Saved for the backward pass by the forward of one micro-batch, parameters apart."""
     tokens: int
     """Latent positions of one crop."""
+    codec_weight_bytes: int = 0
+    """Of a DC-AE."""
+    coding_bytes: int = 0
+    """What it holds while it codes the larger of a micro-batch and a batch of validation crops."""
+    codec_counted: bool = True
+    """False for a DC-AE whose settings are not here."""
+
+    def footprint(self, train: TrainConfig, *, gpu: bool) -> Footprint:
+        """Return what one worker takes that trains it."""
+        return footprint(
+            train,
+            parameters=self.parameters,
+            activation_bytes=self.activation_bytes,
+            codec_weight_bytes=self.codec_weight_bytes,
+            coding_bytes=self.coding_bytes,
+            gpu=gpu,
+        )
+
+
+def worker_bytes(recipe: Recipe, train: TrainConfig) -> float:
+    """Return the host memory to keep for one worker of a training stage; see `Footprint.reserved_bytes`."""
+    gpu = recipe.cluster.gpus_per_worker > 0
+    # In a thread, because a Ctrl-C would be lost here: the interpreter drops what is raised while a weak reference goes, and importing
+    # diffusers and counting let go of thousands.
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        size = aside.submit(training_size, recipe, train).result()
+    return size.footprint(train, gpu=gpu).reserved_bytes(train.workers, gpu=gpu)
+
+
+def training_size(recipe: Recipe, train: TrainConfig) -> NetworkSize:
+    """Return the size of a stage's network with its codec."""
+    size = network_size(recipe.model, train)
+    try:
+        codec = CodecMemory.of(recipe.model.codec)
+    except CodecError:
+        return replace(size, codec_counted=False)
+    if codec is None:
+        return size
+    factor, validation = recipe.model.codec.factor, recipe.validation
+    crop, shown = ((px // factor, px // factor) for px in (train.crop_px, validation.crop_px))
+    coding = max(train.micro_batch_size * codec.encode(crop), validation.batch_size * max(codec.encode(shown), codec.decode(shown)))
+    return replace(size, codec_weight_bytes=codec.weight_bytes, coding_bytes=coding)
 
 
 def network_size(model: ModelSection, train: TrainConfig, *, num_tags: int = TAGS) -> NetworkSize:
@@ -53,7 +99,7 @@ def network_size(model: ModelSection, train: TrainConfig, *, num_tags: int = TAG
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             network(latent, torch.empty(count), network.prepare(low, captions))
     held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    return NetworkSize(sum(parameter.numel() for parameter in network.parameters()), held, side * side)
+    return NetworkSize(parameters=sum(one.numel() for one in network.parameters()), activation_bytes=held, tokens=side * side)
 
 
 def _captions(model: ModelSection, count: int) -> Tensor | TextEmbedding:

@@ -1,13 +1,14 @@
 """Checks of a recipe on the machines that it is to run on; they leave nothing behind, and no run of it is touched."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from uuid import uuid4
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event
-from linearsr_platform.cluster.capacity import Share, require_room
-from linearsr_platform.cluster.experts import room_of
+from linearsr_platform.cluster.capacity import require_room, share_of_worker
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.data.manifest import verify_shards
 from linearsr_platform.stages import prepare
 from linearsr_platform.stages.context import RecipeContext, StageResult
@@ -45,8 +46,9 @@ def check_recipe_resume(context: RecipeContext, *, steps: int, other_workers: in
     check_before_training(recipe)
     context.open_cluster()
     if recipe.cluster.address is None:
-        share = Share(cpus=recipe.cluster.cpus_per_worker, gpus=recipe.cluster.gpus_per_worker)
-        require_room({"pretrain": max(recipe.pretrain.workers, other_workers or 0)}, share, room_of(recipe.cluster))
+        # Of the memory it is as in training: it is no reason not to try.
+        share = replace(share_of_worker(recipe.cluster), memory_bytes=0.0)
+        require_room({"pretrain": max(recipe.pretrain.workers, other_workers or 0)}, share, room_now())
     url = storage.join(context.storage_url, f"{FOLDER}{uuid4().hex[:12]}")
     try:
         context.results["prepare"] = prepared_data(context, url)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from linearsr.experts import training_interval
 from linearsr_platform.recipe.train_schema import TrainConfig
+from linearsr_platform.stages.activations import worker_bytes
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, describe, knee_weights, make_job, run_jobs, statistics_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -41,6 +42,7 @@ def expert_jobs(
 ) -> list[TrainJob]:
     """Describe one trainer for each expert: on its interval and the overlap, from its parent's weights, on a split."""
     boundaries, overlap = boundaries_of(context), context.recipe.experts.overlap_log_snr
+    memory_bytes = worker_bytes(context.recipe, train)
     return [
         make_job(
             context,
@@ -51,6 +53,7 @@ def expert_jobs(
             statistics=statistics_of(context),
             split=split,
             init_weights=parents[name],
+            memory_bytes=memory_bytes,
         )
         for index, name in enumerate(expert_names(context))
     ]

@@ -73,8 +73,9 @@ def make_job(
     statistics: LatentStatistics,
     split: str = "train",
     init_weights: str | None = None,
+    memory_bytes: float | None = None,
 ) -> TrainJob:
-    """Describe one trainer: the network of `interval`, fed by `split`, writing below `url`/`name`."""
+    """Describe one trainer: the network of `interval`, fed by `split`, writing below `url`/`name`; `memory_bytes` is `worker_bytes`'s."""
     recipe, model = context.recipe, model_config(context)
     digest = codec_digest(model.codec)
     task = TaskConfig(
@@ -104,6 +105,7 @@ def make_job(
         codec_digest=digest,
         seed=recipe.seed,
         cache=shard_cache(context, split),
+        memory_bytes=memory_bytes,
     )
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
-from linearsr_platform.cluster.capacity import TRAINER_BYTES, Room, Share, share_of_worker, trials_at_once
+from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, trials_at_once
 from linearsr_platform.data.sources import count_pictures
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import MachineConfig, Recipe
-from linearsr_platform.recipe.search_schema import SearchSection
+from linearsr_platform.recipe.search_schema import SearchSection, trial_training
 from linearsr_platform.recipe.train_schema import TrainConfig
-from linearsr_platform.stages.activations import network_size
+from linearsr_platform.stages.activations import training_size, worker_bytes
 from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
-from linearsr_platform.train.footprint import Footprint, disk_bytes, footprint
+from linearsr_platform.train.footprint import FLOAT32, Footprint, checkpoint_bytes, snapshot_bytes
 
 GIGA = 1e9
 AFTER_S = 3.0
@@ -28,7 +28,7 @@ class TrainingPlan:
     workers: int
     """Of each trainer; fewer than the recipe says where there is room for no more, and it may start with them."""
     share: Share
-    """Of each worker."""
+    """Of each worker, with the memory that Ray keeps for it."""
     at_once: int
     """Trainers that run at the same time."""
     crops: int
@@ -38,8 +38,12 @@ class TrainingPlan:
     parameters: int
     memory: Footprint
     """Of one worker."""
-    disk_bytes: float
-    """Of all trainers."""
+    codec_counted: bool
+    """Whether the memory has the codec's; a DC-AE may not be here."""
+    checkpoint_bytes: float
+    """On disk, of each trainer that runs."""
+    snapshot_bytes: float
+    """Averaged weights on disk, of each trainer."""
     seconds: float | None
     """At most; None if nobody knows how fast it is."""
     source: str
@@ -84,8 +88,16 @@ class RunPlan:
 
     @property
     def disk_bytes(self) -> float:
-        """Checkpoints and averaged weights of all stages, at the end of a run."""
-        return sum(stage.disk_bytes for stage in self.training)
+        """Most that a run has on disk at any time: averaged weights stay, checkpoints go when their trainer has ended, and then come the
+        bundle and the registry's copy of it.
+        """
+        kept = most = 0.0
+        for stage in self.training:
+            running = min(stage.trainers, stage.at_once or stage.trainers)
+            kept += stage.trainers * stage.snapshot_bytes
+            most = max(most, kept + running * stage.checkpoint_bytes)
+        last = self.training[-1]
+        return max(most, kept + 2 * last.trainers * last.parameters * FLOAT32)
 
 
 def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[str, Pace], *, folder: str) -> RunPlan:
@@ -110,8 +122,7 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
     ]
     problems: list[str] = []
     training = tuple(
-        _plan_stage(recipe, name, train, trainers, Share(cpus=cpus, gpus=cluster.gpus_per_worker), machines, paces.get(name), problems)
-        for name, train, trainers, cpus in stages
+        _plan_stage(recipe, name, train, trainers, cpus, machines, paces.get(name), problems) for name, train, trainers, cpus in stages
     )
     pictures, tars = count_pictures(recipe.data, folder)
     needed = max(train.workers for _, train, _, _ in stages)
@@ -126,10 +137,10 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
 
 def _trials(recipe: Recipe, search: SearchSection, machines: Sequence[MachineConfig], problems: list[str]) -> int:
     """Return how many trials run at once, by the search's own arithmetic; 0, with the reason among the problems, if not even one can."""
-    # Of a cluster that is there already the search does not count the memory.
-    room = replace(_room(machines), memory_bytes=_memory_bytes(machines) if recipe.cluster.address is None else None)
+    room, memory_bytes = _room(machines), worker_bytes(recipe, trial_training(recipe.experts.train))
+    share = room.attainable(share_of_worker(recipe.cluster, memory_bytes=memory_bytes), 1)
     try:
-        return trials_at_once(share_of_worker(recipe.cluster), room, wanted=search.max_concurrent)
+        return trials_at_once(share, room, wanted=search.max_concurrent)
     except UserError as error:
         problems.append(str(error))
         return 0
@@ -140,15 +151,18 @@ def _plan_stage(
     name: str,
     train: TrainConfig,
     trainers: int,
-    share: Share,
+    own_cpus: float,
     machines: Sequence[MachineConfig],
     pace: Pace | None,
     problems: list[str],
 ) -> TrainingPlan:
+    room, share = _room(machines), Share(cpus=own_cpus, gpus=recipe.cluster.gpus_per_worker)
     # An elastic trainer starts with what there is room for.
-    train = train.on_workers(min(train.workers, max(train.least_workers, _room(machines).workers(share))))
-    size = network_size(recipe.model, train)
-    memory = footprint(train, parameters=size.parameters, activation_bytes=size.activation_bytes, gpu=share.gpus > 0)
+    train = train.on_workers(min(train.workers, max(train.least_workers, room.workers(share))))
+    size, gpu = training_size(recipe, train), share.gpus > 0
+    memory = size.footprint(train, gpu=gpu)
+    kept = share_of_worker(recipe.cluster, cpus=own_cpus, memory_bytes=memory.reserved_bytes(train.workers, gpu=gpu))
+    share = room.attainable(kept, train.workers)
     at_once = _at_once(name, train, trainers, share, machines, memory, problems)
     cpus = sum(machine.count * machine.cpus for machine in machines)
     loop = train_seconds(train, pace or Pace(samples_per_s=None, source=""))
@@ -164,7 +178,9 @@ def _plan_stage(
         tokens=size.tokens,
         parameters=size.parameters,
         memory=memory,
-        disk_bytes=trainers * disk_bytes(train, parameters=size.parameters),
+        codec_counted=size.codec_counted,
+        checkpoint_bytes=checkpoint_bytes(train, parameters=size.parameters),
+        snapshot_bytes=snapshot_bytes(train, parameters=size.parameters),
         seconds=seconds,
         source=(pace.source if pace else "max_seconds") if seconds is not None else "",
     )
@@ -174,11 +190,11 @@ def _at_once(
     name: str, train: TrainConfig, trainers: int, share: Share, machines: Sequence[MachineConfig], memory: Footprint, problems: list[str]
 ) -> int:
     """Return how many trainers run at once; 0, with the reason among the problems, if not even one can."""
-    room = _room(machines)
-    slots = room.workers(share)
+    room, without = _room(machines), replace(share, memory_bytes=0.0)
+    slots = room.workers(without)
     if slots < train.workers:
         have = ", ".join(f"{machine.count} x {Share(cpus=machine.cpus, gpus=machine.gpus)}" for machine in machines)
-        problems.append(f"{name}: {train.workers} workers of {share} each, but the machines ({have}) have room for {slots}")
+        problems.append(f"{name}: {train.workers} workers of {without} each, but the machines ({have}) have room for {slots}")
         return 0
     gpu = share.gpus > 0
     on_device = memory.device_bytes(gpu=gpu)
@@ -186,41 +202,27 @@ def _at_once(
     if limits and on_device > max(limits):
         problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
         return 0
-    # Of all workers but the first, which saves beside it.
-    each = memory.host_bytes(gpu=gpu) - memory.saving
-    slots = sum(machine.count * _workers_on(machine, share, each) for machine in machines)
+    reserved = memory.reserved_bytes(train.workers, gpu=gpu)
+    slots = room.workers(replace(without, memory_bytes=reserved))
     if slots < train.workers:
-        have = ", ".join(f"{machine.count} x {machine.memory_gb:g} GB" for machine in machines if machine.memory_gb is not None)
+        have = ", ".join(f"{machine.count} x {machine.memory_gb:.4g} GB" for machine in machines if machine.memory_gb is not None)
         problems.append(
-            f"{name}: {train.workers} workers of {each / GIGA:.1f} GB of memory each, but the machines ({have}) have room for {slots}"
+            f"{name}: {train.workers} workers of {reserved / GIGA:.1f} GB of memory each, but the machines ({have}) have room for {slots}"
         )
         return 0
-    host = train.workers * each + memory.saving + TRAINER_BYTES
-    total = _memory_bytes(machines)
-    if total is not None:
-        if host > total:
-            problems.append(f"{name}: a trainer takes {host / GIGA:.1f} GB of memory, but the machines have {total / GIGA:.1f} GB")
-            return 0
-        return min(trainers, slots // train.workers, int(total // host))
-    return min(trainers, slots // train.workers)
+    return min(trainers, room.workers(share) // train.workers)
 
 
 def _room(machines: Sequence[MachineConfig]) -> Room:
-    return Room(nodes=tuple(Share(cpus=machine.cpus, gpus=machine.gpus) for machine in machines for _ in range(machine.count)))
-
-
-def _workers_on(machine: MachineConfig, share: Share, worker_bytes: float) -> int:
-    """Return how many workers one machine has room for, as far as its memory is known."""
-    room = Room(nodes=(Share(cpus=machine.cpus, gpus=machine.gpus),)).workers(share)
-    return room if machine.memory_gb is None else min(room, int(machine.memory_gb * GIGA // worker_bytes))
-
-
-def _memory_bytes(machines: Sequence[MachineConfig]) -> float | None:
-    """Return the host memory of all machines; None if that of one is not known."""
-    sizes = [machine.count * machine.memory_gb * GIGA for machine in machines if machine.memory_gb is not None]
-    return sum(sizes) if sizes and len(sizes) == len(machines) else None
+    return Room(
+        nodes=tuple(
+            Share(cpus=machine.cpus, gpus=machine.gpus, memory_bytes=inf if machine.memory_gb is None else machine.memory_gb * GIGA)
+            for machine in machines
+            for _ in range(machine.count)
+        )
+    )
 
 
 def _terms(memory: Footprint) -> str:
-    terms = ("weights", "gradients", "optimizer", "average", "activations")
+    terms = ("weights", "gradients", "optimizer", "average", "activations", "codec")
     return ", ".join(f"{term} {getattr(memory, term) / GIGA:.1f}" for term in terms)

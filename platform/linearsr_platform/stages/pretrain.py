@@ -13,6 +13,7 @@ from linearsr.task import to_pixels
 from linearsr_platform import storage
 from linearsr_platform.data.manifest import verify_shards
 from linearsr_platform.data.reader import read_images
+from linearsr_platform.stages.activations import worker_bytes
 from linearsr_platform.stages.context import RecipeContext, RunContext, StageOutput
 from linearsr_platform.stages.jobs import as_data, codec_of, describe, make_job, model_config, run_jobs, statistics_data
 from linearsr_platform.stages.prepare import manifest_of, shards_of
@@ -53,6 +54,7 @@ def pretrain_job(context: RecipeContext, url: str, statistics: LatentStatistics)
         interval=(0.0, 1.0),
         statistics=statistics,
         init_weights=None if first is None else storage.absolute(first),
+        memory_bytes=worker_bytes(context.recipe, context.recipe.pretrain),
     )
 
 

@@ -5,10 +5,12 @@ from typing import Any
 from linearsr.noise_profile import NoiseProfile
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share, share_of_worker
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.profiling import ProfilePlan, profile_on_cluster
 from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.errors import UserError
-from linearsr_platform.recipe.search_schema import SearchSection
+from linearsr_platform.recipe.search_schema import SearchSection, trial_training
+from linearsr_platform.stages.activations import worker_bytes
 from linearsr_platform.stages.context import RunContext, StageOutput
 from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of
 from linearsr_platform.tracking.runs import TrackedRun
@@ -28,8 +30,9 @@ def section_of(context: RunContext) -> SearchSection:
 
 
 def trial_share(context: RunContext) -> Share:
-    """Return what profiling and each trial reserve: a worker's share, for a trial's experts train one after the other."""
-    return share_of_worker(context.recipe.cluster)
+    """Return what profiling, each trial and scoring reserve: a worker's share, for a trial's experts train one after the other."""
+    recipe = context.recipe
+    return share_of_worker(recipe.cluster, memory_bytes=worker_bytes(recipe, trial_training(recipe.experts.train)))
 
 
 def settings(context: RunContext) -> object:
@@ -52,10 +55,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         init_weights=knee_weights(context.results["pretrain"].data["trainers"], "pretrain"),
     )
     task: Any = job.task_config
-    share = trial_share(context)
+    context.open_cluster()
+    share = room_now().attainable(trial_share(context), 1)
     plan = ProfilePlan(job=job, task=task, section=section.profile, log_snr=section.log_snr, threads=max(1, int(share.cpus)))
     context.display.task("profile", section.profile.levels, "levels")
-    context.open_cluster()
     wait_for_room("profile", share, context.recipe.cluster.queue_timeout_s)
     profile = profile_on_cluster(plan, share, lambda done, total: context.display.update("profile", done, total))
     storage.write_json(storage.join(url, PROFILE_FILE), profile.to_json())

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from linearsr.metric_table import metric_spec
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import require_room, trials_at_once
-from linearsr_platform.cluster.experts import room_of
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.load import BOUNDARIES_FILE
 from linearsr_platform.report.model import StageRecord
@@ -59,12 +59,13 @@ def check_room(context: RunContext) -> None:
     """
     recipe = context.recipe
     context.open_cluster()
-    room, share = room_of(recipe.cluster), trial_share(context)
+    room = room_now()
+    share = room.attainable(trial_share(context), 1)
     # A running cluster may grow, so there trials and trainers wait; see `fit_all`.
     if recipe.cluster.address is None:
         trials_at_once(share, room, wanted=None)
         if "pretrain" not in context.results:
-            require_room({"pretrain": recipe.pretrain.least_workers}, share, room)
+            require_room({"pretrain": recipe.pretrain.least_workers}, replace(share, memory_bytes=0.0), room)
         # Finalists have one worker each, with the share of an expert's worker.
         require_room({"finalists": 1}, replace(share, cpus=recipe.experts.cpus_per_worker or share.cpus), room)
 

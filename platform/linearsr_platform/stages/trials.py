@@ -10,7 +10,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.boundary_search import PastTrial, boundary_search
 from linearsr_platform.cluster.capacity import trials_at_once
-from linearsr_platform.cluster.experts import room_of
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.rungs import rung_scheduler
 from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measure_all
@@ -19,8 +19,9 @@ from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
 from linearsr_platform.errors import StageError
 from linearsr_platform.json_numbers import nan_for_null, null_for_nan
-from linearsr_platform.recipe.train_schema import TrainConfig
+from linearsr_platform.recipe.search_schema import trial_training
 from linearsr_platform.report.search_model import TrialRow, ranked
+from linearsr_platform.stages.activations import worker_bytes
 from linearsr_platform.stages.context import RunContext, StageOutput, StageResult
 from linearsr_platform.stages.jobs import knee_weights, make_job, statistics_of
 from linearsr_platform.stages.ledger import Ledger
@@ -64,9 +65,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     proposals = proposals_of(context)
     mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
     context.open_cluster()
-    share, cluster = trial_share(context), context.recipe.cluster
+    cluster = context.recipe.cluster
+    share = room_now().attainable(trial_share(context), 1)
     wait_for_room("a trial", share, cluster.queue_timeout_s)
-    concurrent = trials_at_once(share, room_of(cluster), wanted=section.max_concurrent, may_grow=cluster.address is not None)
+    concurrent = trials_at_once(share, room_now(), wanted=section.max_concurrent, may_grow=cluster.address is not None)
     plan = replace(plan, baseline=_baseline(context, plan, url))
     tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
     log = SweepLog(context, ledger, plan, proposals, concurrent)
@@ -172,14 +174,16 @@ def grid_of(context: RunContext) -> CutGrid:
 def trial_plan(context: RunContext) -> TrialPlan:
     """Describe what all trials have in common."""
     recipe, section = context.recipe, section_of(context)
+    training = trial_training(recipe.experts.train)
     template = make_job(
         context,
         name="expert",
         url=context.run_url,
-        train=_trial_training(recipe.experts.train),
+        train=training,
         interval=(0.0, 1.0),
         statistics=statistics_of(context),
         init_weights=knee_weights(context.results["pretrain"].data["trainers"], "pretrain"),
+        memory_bytes=worker_bytes(recipe, training),
     )
     validation = recipe.validation.model_copy(update={"crops": min(recipe.validation.crops, recipe.validation.batch_size)})
     sampler = replace(recipe.sampler, num_steps=section.score.steps, times=None)
@@ -196,14 +200,8 @@ def trial_plan(context: RunContext) -> TrialPlan:
         rungs=section.rungs,
         metric=section.metric,
         seed=section.seed,
-        threads=max(1, int(trial_share(context).cpus)),
+        threads=max(1, int(recipe.cluster.cpus_per_worker)),
     )
-
-
-def _trial_training(train: TrainConfig) -> TrainConfig:
-    """Return a run's training on one worker with the same batches, for a number of steps that the knee does not cut short."""
-    knee = train.knee.model_copy(update={"stop": False})
-    return train.model_copy(update={"workers": 1, "accumulation": train.workers * train.accumulation, "max_seconds": None, "knee": knee})
 
 
 def _history(ledger: Ledger) -> list[PastTrial]:

@@ -16,6 +16,8 @@ PROCESS_BYTES = 0.95e9
 READER_BYTES = 0.15e9
 """Decoded photographs of a block, shards' bytes and validation crops, as they come to with photographs of a few megapixels. Both
 together were measured as 1.12 to 1.18 GB."""
+TRAINER_BYTES = 0.5e9
+"""Memory of the other processes of one trainer: what starts it, controller, synchronisation, its share of the autoscaler."""
 DEVICE_BYTES = 1.0e9
 """CUDA context, communication buffers and libraries' workspaces on a GPU."""
 RESTORE_POINTS = 2
@@ -37,6 +39,8 @@ class Footprint:
     """Exponential moving average of weights."""
     activations: float
     """What a forward of one micro-batch keeps for its backward."""
+    codec: float
+    """Weights of a DC-AE, and what coding a batch holds beyond the activations, which are not there then."""
     restore_points: float
     """Of the guard, in host memory."""
     checkpoint_copy: float
@@ -49,8 +53,8 @@ class Footprint:
 
     @property
     def model(self) -> float:
-        """All that ZeRO may share out, and activations."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        """All that is on the device that trains: what ZeRO may share out, activations, and the codec."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.codec
 
     def device_bytes(self, *, gpu: bool) -> float:
         """Bytes on the device that trains; on a CPU that is host memory, of worker 0."""
@@ -60,18 +64,32 @@ class Footprint:
         """Bytes in host memory, of worker 0."""
         return self._host + (0.0 if gpu else self.model)
 
+    def reserved_bytes(self, workers: int, *, gpu: bool) -> float:
+        """Host memory that each of a trainer's workers reserves: its own, and its part of what worker 0 saves and of other processes."""
+        return self.host_bytes(gpu=gpu) - self.saving + (self.saving + TRAINER_BYTES) / workers
+
     @property
     def _host(self) -> float:
         return self.restore_points + self.checkpoint_copy + self.saving + self.fixed
 
 
-def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, gpu: bool = False) -> Footprint:
+def footprint(
+    train: TrainConfig,
+    *,
+    parameters: int,
+    activation_bytes: float,
+    codec_weight_bytes: float = 0.0,
+    coding_bytes: float = 0.0,
+    gpu: bool = False,
+) -> Footprint:
     """Return what one worker of a training stage takes.
 
     Args:
         train: the stage.
         parameters: of the network, all of them trained.
         activation_bytes: of one micro-batch.
+        codec_weight_bytes: of a DC-AE.
+        coding_bytes: what it holds while it codes the largest batch.
         gpu: whether it trains on one, so that checkpoints are copied through pinned memory.
     """
     stage, workers = train.zero.stage, train.workers
@@ -89,6 +107,7 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, g
         optimizer=owned * FLOAT32 * (MOMENTS + copies),
         average=owned * FLOAT32,
         activations=activation_bytes,
+        codec=codec_weight_bytes + max(0.0, coding_bytes - activation_bytes),
         restore_points=RESTORE_POINTS * state if train.guard.enabled else 0.0,
         # Torch takes pinned memory in powers of two.
         checkpoint_copy=float(2 ** ceil(log2(state))) if gpu else state,
@@ -97,13 +116,12 @@ def footprint(train: TrainConfig, *, parameters: int, activation_bytes: float, g
     )
 
 
-def disk_bytes(train: TrainConfig, *, parameters: int) -> float:
-    """Return what one trainer has on disk at most: full checkpoints, the one being written among them, and averaged weights of validations.
+def checkpoint_bytes(train: TrainConfig, *, parameters: int) -> float:
+    """Return what a trainer's full checkpoints are on disk at most, the one being written among them; they go when it has ended."""
+    saves = train.max_steps // train.checkpoint_every + 1
+    return parameters * FLOAT32 * (1 + MOMENTS + 1) * min(train.keep_checkpoints + 1, saves)
 
-    Args:
-        train: the stage.
-        parameters: of the network.
-    """
-    checkpoints = train.keep_checkpoints + 1
-    snapshots = min(train.knee.keep, train.max_steps // train.validate_every + 1) + 1
-    return parameters * FLOAT32 * (checkpoints * (1 + MOMENTS + 1) + snapshots)
+
+def snapshot_bytes(train: TrainConfig, *, parameters: int) -> float:
+    """Return what the averaged weights of a trainer's validations are on disk at most; they stay."""
+    return parameters * FLOAT32 * (min(train.knee.keep, train.max_steps // train.validate_every + 1) + 1)

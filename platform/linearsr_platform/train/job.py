@@ -47,6 +47,9 @@ class TrainJob:
     cache: Annotated[ShardCacheConfig | None, Field(exclude=True)] = None
     """Where remote shards are kept on each machine; no part of the job's identity. None downloads one whenever it is opened."""
 
+    memory_bytes: Annotated[float | None, Field(exclude=True)] = None
+    """Host memory that one worker is thought to take, which Ray keeps for it; no part of the job's identity. None keeps none."""
+
     rehearsal: Annotated[Rehearsal | None, Field(exclude=True)] = None
     """None trains in earnest; no part of the job's identity."""
 
