@@ -64,6 +64,10 @@ class CodecMemory:
         encode_bytes, decode_bytes = (-(-counted.peak // tile**2) for counted in (encode, decode))
         return cls(weight_bytes=weights * FLOAT_BYTES, encode_bytes=encode_bytes, decode_bytes=decode_bytes, tile=tile)
 
+    def at_once(self, grid: tuple[int, int], batch: int) -> int:
+        """Return how many of a batch of pictures are coded at once; see `linearsr.dcae.in_tiles`."""
+        return min(batch, max(1, self.tile**2 // (grid[0] * grid[1])))
+
     def encode(self, grid: tuple[int, int]) -> int:
         """Return the bytes of encoding a picture of (H, W) positions, the picture itself apart."""
         rows, columns = tile_size(grid, self.tile)

@@ -19,10 +19,22 @@ class TagReader:
         """Keep what a bundle says of tags; nothing is loaded yet."""
         self._captions, self._device = Captions(tags, text), torch.device(device)
         self._encoder: TextEncoder | None = None
+        self._known: dict[str, TextEmbedding] = {}
 
     def null(self, count: int = 1) -> Tensor | TextEmbedding:
         """Return what stands for no tags, `count` times; needs no encoder."""
         return self._captions.null(count, self._device)
+
+    def learn(self, tags: Sequence[str]) -> None:
+        """Read tags once and for all, and let the text encoder go, which may be larger than the network; other tags load it again.
+
+        Raises:
+            TextEncoderError: if the encoder is not there, or is another one.
+        """
+        text = self._captions.text
+        if text is not None and (prompt := prompt_at_inference(tags, text.encoder.suffix)):
+            self._known[prompt] = self._encoder_of(text).encode([prompt])
+            self._encoder = None
 
     @torch.no_grad()
     def read(self, tags: Sequence[str], count: int = 1) -> Tensor | TextEmbedding:
@@ -40,7 +52,7 @@ class TagReader:
         prompt = prompt_at_inference(tags, text.encoder.suffix)
         if not prompt:
             return self.null(count)
-        embedding = self._encoder_of(text).encode([prompt])
+        embedding = self._known[prompt] if prompt in self._known else self._encoder_of(text).encode([prompt])
         return TextEmbedding(*(part.expand(count, *part.shape[1:]).to(self._device) for part in (embedding.values, embedding.mask)))
 
     def _encoder_of(self, text: TextSource) -> TextEncoder:

@@ -31,6 +31,7 @@ class Upscaler:
         device: str | torch.device = "cpu",
         residency: Residency = "all",
         stopwatch: Stopwatch | None = None,
+        reader: TagReader | None = None,
     ) -> None:
         """Load the experts; nothing of the bundle is executed.
 
@@ -39,6 +40,7 @@ class Upscaler:
             device: where the network runs.
             residency: whether all experts stay on the device or one at a time; pictures are the same.
             stopwatch: is told what takes how long.
+            reader: of the bundle's tags, on the same device, if there is one that has learnt some.
 
         Raises:
             BundleError: if an expert's weights are not those of the bundle's network.
@@ -47,7 +49,7 @@ class Upscaler:
         self.stopwatch = stopwatch or Stopwatch(enabled=False)
         self.space = LatentSpace(bundle.config, bundle.statistics)
         self.experts = hold_experts(bundle, self.device, residency)
-        self.reader = TagReader(bundle.config.tags, bundle.text, self.device)
+        self.reader = reader or TagReader(bundle.config.tags, bundle.text, self.device)
         self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler, stopwatch=self.stopwatch)
 
     def upscale(

@@ -264,6 +264,8 @@ def test_a_dc_ae_is_counted_with_the_larger_of_what_it_codes(tmp_path: Path) -> 
     assert small.codec_weight_bytes == large.codec_weight_bytes == counted.weight_bytes
     assert small.coding_bytes == 4 * counted.encode((4, 4))
     assert large.coding_bytes == 8 * max(counted.encode((4, 4)), counted.decode((4, 4)))
+    assert [counted.at_once((4, 4), batch) for batch in (1, 64, 65)] == [1, 64, 64]
+    assert counted.at_once((33, 40), 2) == 1
     memory = large.footprint(recipe(*settings).pretrain, gpu=False)
     assert memory.codec == counted.weight_bytes + max(0, large.coding_bytes - large.activation_bytes)
     missing = recipe(*settings, f"model.codec.source={tmp_path / 'away'}")

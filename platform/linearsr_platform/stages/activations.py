@@ -67,7 +67,10 @@ def training_size(recipe: Recipe, train: TrainConfig) -> NetworkSize:
         return size
     factor, validation = recipe.model.codec.factor, recipe.validation
     crop, shown = ((px // factor, px // factor) for px in (train.crop_px, validation.crop_px))
-    coding = max(train.micro_batch_size * codec.encode(crop), validation.batch_size * max(codec.encode(shown), codec.decode(shown)))
+    coding = max(
+        codec.at_once(crop, train.micro_batch_size) * codec.encode(crop),
+        codec.at_once(shown, validation.batch_size) * max(codec.encode(shown), codec.decode(shown)),
+    )
     return replace(size, codec_weight_bytes=codec.weight_bytes, coding_bytes=coding)
 
 

@@ -16,6 +16,7 @@ from linearsr.picture_files import check_size, encode_picture, fit_format
 from linearsr.pictures import Picture, PictureError, decode_picture
 from linearsr.residency import Residency
 from linearsr.sizing import SizePlan
+from linearsr.tag_reader import TagReader
 from linearsr.text import TextEncoderError
 from linearsr.timing import Stopwatch
 from linearsr.upscaler import Upscaler
@@ -98,6 +99,7 @@ class UpscaleRun:
     machine: Machine
     stopwatch: Stopwatch
     _upscaler: Upscaler | None = None
+    _reader: TagReader | None = None
     _residency: Residency | None = None
     """Of the loaded model."""
 
@@ -224,15 +226,22 @@ class UpscaleRun:
             # Both at once may not fit.
             self._upscaler, self._residency = None, residency
             try:
-                with self.stopwatch.section("load"):
-                    made = Upscaler(self.bundle, device=self.machine.device, residency=residency, stopwatch=self.stopwatch)
                 with self.stopwatch.section("text"):
-                    made.reader.read(self.request.tags)
+                    # Before the network is loaded, and gone by then: SANA's encoder is as large as all experts.
+                    self._reader = self._reader or self._taught()
+                with self.stopwatch.section("load"):
+                    self._upscaler = Upscaler(
+                        self.bundle, device=self.machine.device, residency=residency, stopwatch=self.stopwatch, reader=self._reader
+                    )
             except (CodecError, TextEncoderError) as error:
                 # Not this picture's fault: no other would fare better.
                 raise UserError(str(error)) from error
-            self._upscaler = made
         return self._upscaler
+
+    def _taught(self) -> TagReader:
+        reader = TagReader(self.bundle.config.tags, self.bundle.text, self.machine.device)
+        reader.learn(self.request.tags)
+        return reader
 
 
 def read_source(job: Job) -> Picture:
