@@ -15,11 +15,14 @@ import promql_parser
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
+from ray.autoscaler._private.resource_demand_scheduler import _fits
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
+from linearsr_platform.cluster.capacity import share_of_worker
 from linearsr_platform.cluster.gauges import METRICS
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.stages.activations import worker_bytes
 
 COMPOSE = ["mlflow", "monitoring"]
 DRIVER = 580
@@ -106,6 +109,15 @@ def test_a_launcher_file_passes_rays_own_check(root: Path, name: str) -> None:
     assert prepared["max_workers"] == 4
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         validate_config({**prepared, "max_worker": 4})
+
+
+def test_googles_machines_say_their_memory_which_trainers_reserve_and_ray_does_not_look_up(root: Path) -> None:
+    recipe = load_recipe(str(root / "pipelines/quickstart.yaml"), overrides=["cluster.gpus_per_worker=1", "cluster.num_gpus=1"]).recipe
+    share = share_of_worker(recipe.cluster, memory_bytes=worker_bytes(recipe, recipe.pretrain))
+    machine = _load(root / "infra/launcher/gcp.yaml")["available_node_types"]["gpu"]["resources"]
+    assert share.resources["memory"] > 1e9
+    assert _fits(machine, share.resources)
+    assert not _fits({name: amount for name, amount in machine.items() if name != "memory"}, share.resources)
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
