@@ -266,32 +266,6 @@ def test_prompts_of_validation_end_with_the_suffix_as_at_inference_and_those_of_
         task.transform(image, caption_of(samples["validation"]["mine-a"]), np.random.default_rng(0))
 
 
-def test_tags_that_were_learnt_are_read_without_the_encoder_and_others_load_it_again(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[object] = []
-
-    def counted(*arguments: Any) -> TextEncoder:
-        made.append(arguments)
-        return make_encoder(*arguments)
-
-    monkeypatch.setattr("linearsr.tag_reader.make_encoder", counted)
-    tags = make_task(manifest).config.model.tags
-    reader, forgetful = TagReader(tags, manifest.text), TagReader(tags, manifest.text)
-    for words, loads in ((["cat"], 1), ([], 1), (["sky"], 2)):
-        reader.learn(words)
-        assert len(made) == loads
-    for words in (["cat"], ["sky"], []):
-        learnt, read = reader.read(words, 2), forgetful.read(words, 2)
-        assert isinstance(learnt, TextEmbedding)
-        assert isinstance(read, TextEmbedding)
-        assert torch.equal(learnt.values, read.values)
-        assert torch.equal(learnt.mask, read.mask)
-    assert len(made) == 3
-    reader.read(["fish"])
-    assert len(made) == 4
-
-
 def test_another_suffix_prepares_again_and_of_an_interrupted_run_keeps_what_it_does_not_change(
     folder: Path, encoder: TextEncoder, root: Path
 ) -> None:
