@@ -49,7 +49,7 @@ class NetworkSize:
 def worker_bytes(recipe: Recipe, train: TrainConfig) -> float:
     """Return the host memory to keep for one worker of a training stage; see `Footprint.reserved_bytes`."""
     gpu = recipe.cluster.gpus_per_worker > 0
-    # In a thread, because a Ctrl-C would be lost here: the interpreter drops what is raised while a weak reference goes, and importing
+    # In a thread, because a Ctrl-C may be lost here: the interpreter drops what is raised while a weak reference goes, and importing
     # diffusers and counting let go of thousands.
     with ThreadPoolExecutor(max_workers=1) as aside:
         size = aside.submit(training_size, recipe, train).result()
