@@ -301,6 +301,24 @@ def test_plain_text_tells_each_event_of_a_trial_once(clock):
     assert lines[2].endswith("worker lost; 2 of 8 trials, about 1:30 left")
 
 
+def test_plain_text_tells_now_and_then_what_a_trial_is_at(clock):
+    """A trial of a large network takes hours to its first score."""
+    console = Console(file=io.StringIO(), width=40)
+    display = PlainDisplay(console, clock)
+    display.stage_started("search")
+    for percent in (0, 10, 20, 20, 20, 20, 20, 20):
+        for name in (0, 1):
+            display.trials([trial(name, "running", doing=f"expert 2 of 4, {percent}%")], total=8, left_s=None, best=None)
+        clock.now_s += 40
+    display.trials([trial(0, "failed", reason="lost")], total=8, left_s=None, best=None)
+    clock.now_s += 400
+    display.trials([trial(0, "failed", reason="lost")], total=8, left_s=None, best=None)
+    lines = console.file.getvalue().splitlines()[1:]
+    assert len(lines) == 3
+    assert lines[0] == "[1:20] search trial-000: expert 2 of 4, 20%, search at t .223 .875 .939; 0 of 8 trials"
+    assert [line.split(":")[2] for line in lines[:2]] == [" expert 2 of 4, 20%, search at t .223 .875 .939; 0 of 8 trials"] * 2
+
+
 def test_plain_text_does_not_repeat_what_an_earlier_attempt_told(clock):
     console = Console(file=io.StringIO(), width=40)
     display = PlainDisplay(console, clock)

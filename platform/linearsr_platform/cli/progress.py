@@ -21,7 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from linearsr_platform.cli.search_table import SearchView, live_trials, trial_event
+from linearsr_platform.cli.search_table import SearchView, levels_text, live_trials, trial_event
 from linearsr_platform.cli.trainer_table import Trainer, clock_time, left_text, trainer_table, value_text
 from linearsr_platform.report.markup import duration, metric_label
 from linearsr_platform.report.search_model import TrialRow
@@ -30,6 +30,8 @@ Status = Literal["done", "skipped", "failed"]
 
 PLAIN_INTERVAL_S = 15.0
 """Least time between two plain lines of one task, or of one trainer between its validations."""
+TRIAL_INTERVAL_S = 60.0
+"""The same of one trial of a search, between its scores: many may run at once."""
 LINES_ABOVE_TRIALS = 6
 """Lines that a live display needs beside the rows of its trials: the stage, heads, what is counted, the best, and the cursor's."""
 MARKS = {"done": ("\u2714", "ok", "green"), "skipped": ("\u21b7", "--", "dim"), "failed": ("\u2718", "!!", "bold red")}
@@ -181,11 +183,12 @@ class PlainDisplay(RunDisplay):
         super().__init__(console, clock)
         self._started_s = clock()
         self._told_s: dict[str, float] = {}
+        self._told_doing: dict[str, str] = {}
 
     def stage_started(self, name: str) -> None:
         """Begin a stage with a line."""
         super().stage_started(name)
-        self._told_s = {}
+        self._told_s, self._told_doing = {}, {}
         self.message(f"{name}: started")
 
     def message(self, text: str) -> None:
@@ -224,15 +227,20 @@ class PlainDisplay(RunDisplay):
         for row in sorted(view.rows, key=lambda row: row.name):
             event = trial_event(row, known.get(row.name))
             if event is not None:
+                self._told_s[row.name] = self._clock()
+            elif row.doing not in ("", self._told_doing.get(row.name)) and self._is_due(row.name, TRIAL_INTERVAL_S):
+                self._told_doing[row.name] = row.doing
+                event = f"{row.doing}, {row.origin} at t {levels_text(row.boundaries)}"
+            if event is not None:
                 best = ", best so far" if view.best is not None and row.name == view.best.name else ""
                 self.message(f"{self._owner(row.name)}: {event}{best}; {view.counted(self._clock())}")
 
     def _owner(self, name: str) -> str:
         return name if self._stage in (None, name) else f"{self._stage} {name}"
 
-    def _is_due(self, name: str) -> bool:
+    def _is_due(self, name: str, interval_s: float = PLAIN_INTERVAL_S) -> bool:
         now_s = self._clock()
-        if now_s - self._told_s.get(name, self._stage_started_s) < PLAIN_INTERVAL_S:
+        if now_s - self._told_s.get(name, self._stage_started_s) < interval_s:
             return False
         self._told_s[name] = now_s
         return True

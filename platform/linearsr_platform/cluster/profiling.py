@@ -59,7 +59,8 @@ def profile_on_cluster(plan: ProfilePlan, share: Share, on_level: Callable[[int,
     return profile
 
 
-@ray.remote(max_retries=2)
+# The process ends with it: kept for other tasks, it would keep the memory of a network and its gradients.
+@ray.remote(max_retries=2, max_calls=1)
 def _profile(plan: ProfilePlan, board: ProgressBoard) -> NoiseProfile:
     torch.set_num_threads(plan.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

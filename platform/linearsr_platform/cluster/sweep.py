@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
@@ -17,6 +18,11 @@ from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.experts import POLL_S
 from linearsr_platform.cluster.trial import BoundaryTrial, TrialPlan
 from linearsr_platform.cluster.warm import Claims
+from linearsr_platform.errors import StageError
+
+
+class SweepLost(StageError):
+    """All trials were ended by the loss of a process; started again, the sweep goes on from what was reported and trained."""
 
 
 class SweepObserver(Protocol):
@@ -64,6 +70,9 @@ def run_sweep(
         storage_url: folder for Tune's own notes, which nothing depends on.
         board: that trials write to.
         observer: who is told.
+
+    Raises:
+        SweepLost: if a process was lost in a way that Tune has no answer to.
     """
     claims = Claims.start()
     try:
@@ -83,6 +92,14 @@ def run_sweep(
                 verbose=0,
             ),
         ).fit()
+    except RayActorError as error:
+        raise SweepLost("trials: lost a process that all of them report to") from error
+    except RuntimeError as error:
+        # Tune counts a trial as failed, and starts it again, where an actor has died, but ends everything where Ray has killed one
+        # because its machine was out of memory: that is no `RayActorError`.
+        if not isinstance(error.__cause__, OutOfMemoryError | NodeDiedError):
+            raise
+        raise SweepLost("trials: a machine ran out of memory, and Ray ended what ran there") from error
     finally:
         claims.close()
 

@@ -1,5 +1,6 @@
 """One trial of a search over boundaries: its experts are trained to a rung and scored together, rung after rung."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 from ray import tune
 
 from linearsr.experts import training_interval
+from linearsr.guard import Trip
 from linearsr.partition import CutGrid
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.boundary_search import boundaries_of
 from linearsr_platform.cluster.rungs import STEPS
 from linearsr_platform.cluster.scoring import Scoring
-from linearsr_platform.cluster.warm import Claims, ExpertStore, train_all
+from linearsr_platform.cluster.warm import Claims, ExpertStore, Silence, train_all
 from linearsr_platform.train.job import TrainJob
 
 SCORE = "score"
@@ -82,9 +84,12 @@ class BoundaryTrial(tune.Trainable):
             before = list(plan.jobs(self._boundaries, plan.rungs[self._rung - 1]))
 
         def on_expert(index: int | None) -> None:
-            self._tell("waits for another trial's expert" if index is None else f"expert {index + 1} of {len(jobs)}")
+            self._tell("waits for another trial's expert" if index is None else _place(index, len(jobs)))
 
-        outcomes = train_all(jobs, before, claims=self._claims, owner=self.trial_id, on_expert=on_expert)
+        def observer_of(index: int) -> _Expert:
+            return _Expert(self._tell, self._warn, _place(index, len(jobs)), jobs[index].train.max_steps)
+
+        outcomes = train_all(jobs, before, claims=self._claims, owner=self.trial_id, on_expert=on_expert, observer_of=observer_of)
         self._tell("scoring")
         measured = plan.scoring.measure([outcome.last_weights for outcome in outcomes], self._boundaries)
         self._rung += 1
@@ -100,6 +105,29 @@ class BoundaryTrial(tune.Trainable):
 
     def _tell(self, doing: str) -> None:
         self._board.push(self.trial_id, "doing", self._rung, {}, {"doing": doing})
+
+    def _warn(self, text: str) -> None:
+        self._board.push(self.trial_id, "message", self._rung, {}, {"text": text})
+
+
+class _Expert(Silence):
+    """Tells a trial's driver how far the training of an expert is, and what is wrong with it."""
+
+    def __init__(self, tell: Callable[[str], None], warn: Callable[[str], None], place: str, steps: int) -> None:
+        self._tell, self._warn, self._place, self._steps = tell, warn, place, steps
+
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._tell(f"{self._place}, {step / self._steps:.0%}")
+
+    def on_trip(self, step: int, trip: Trip) -> None:
+        self._warn(f"{self._place}: guard: {trip.describe()}")
+
+    def on_message(self, step: int, text: str) -> None:
+        self._warn(f"{self._place}: {text}")
+
+
+def _place(index: int, count: int) -> str:
+    return f"expert {index + 1} of {count}"
 
 
 def standard_error(values: NDArray[np.float64]) -> float:

@@ -74,10 +74,13 @@ class SweepLog:
         self._finish(trial, replace(self._record(trial), state="failed", reason=reason))
 
     def on_poll(self, events: list[Event]) -> None:
-        """Show what trials are at."""
+        """Show what trials are at, and what went wrong in them and did not stop them."""
         for event in events:
-            if event.kind == "doing" and event.source in self._names:
-                self._doing[self._names[event.source]] = event.detail["doing"]
+            name = self._names.get(event.source)
+            if name is not None and event.kind == "doing":
+                self._doing[name] = event.detail["doing"]
+            elif name is not None and event.kind == "message":
+                self._context.display.message(f"{name}: {event.detail['text']}")
         self.show()
 
     def show(self) -> None:

@@ -1,5 +1,7 @@
 """Stage `trials`: Ray Tune over the boundaries, from the proposals on, each trial through the loop of a real run."""
 
+import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,12 +11,12 @@ from linearsr.partition import CutGrid, Proposal, propose
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.boundary_search import PastTrial, boundary_search
-from linearsr_platform.cluster.capacity import trials_at_once
+from linearsr_platform.cluster.capacity import Share, trials_at_once
 from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.rungs import rung_scheduler
 from linearsr_platform.cluster.scoring import VERSION, Candidate, Scoring, measure_all
-from linearsr_platform.cluster.sweep import run_sweep
+from linearsr_platform.cluster.sweep import SweepLost, run_sweep
 from linearsr_platform.cluster.trial import SCORE, TrialPlan
 from linearsr_platform.cluster.warm import ExpertStore
 from linearsr_platform.errors import StageError
@@ -63,7 +65,6 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Try boundaries until the recipe's number of trials has ended; those of an interrupted attempt count."""
     section, plan, ledger = section_of(context), trial_plan(context), Ledger(storage.join(url, "ledger"))
     proposals = proposals_of(context)
-    mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
     context.open_cluster()
     cluster = context.recipe.cluster
     share = room_now().attainable(trial_share(context), 1)
@@ -71,32 +72,9 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     concurrent = trials_at_once(share, room_now(), wanted=section.max_concurrent, may_grow=cluster.address is not None)
     plan = replace(plan, baseline=_baseline(context, plan, url))
     tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
-    log = SweepLog(context, ledger, plan, proposals, concurrent)
-    log.show()
-    board = ProgressBoard.start()
-    left = section.trials - len(ledger.ended)
-    try:
-        if left > 0:
-            run_sweep(
-                plan,
-                searcher=boundary_search(
-                    plan.grid, section.experts, proposals, metric=SCORE, mode=mode, seed=section.seed, history=_history(ledger)
-                ),
-                scheduler=rung_scheduler(section.rungs, metric=SCORE, mode=mode, reduction=section.reduction, history=_rung_scores(ledger)),
-                trials=left,
-                concurrent=concurrent,
-                share=share,
-                max_failures=context.recipe.experts.train.max_failures,
-                storage_url=storage.join(url, "ray"),
-                board=board,
-                observer=log,
-            )
-    finally:
-        log.close()
-        board.close()
-    storage.remove(storage.join(url, "ray"))
+    _try_all(context, plan, ledger, proposals, url=url, share=share, concurrent=concurrent)
     rows = ledger.rows(section.rungs, {})
-    best = best_of(rows, higher_is_better=mode == "max")
+    best = best_of(rows, higher_is_better=metric_spec(section.metric).higher_is_better)
     trained, cached = sum(row.trained for row in rows), sum(row.cached for row in rows)
     tracked.log_metrics(
         0,
@@ -113,6 +91,67 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         f"{len(rows)} trials, best {best.name} {section.metric} {best.score:.4g}, {cached / (trained + cached):.0%} of trainings saved"
     )
     return StageOutput(summary + (f", {failed} failed" if failed else ""), {"trials": len(ledger.ended), "best": best.name})
+
+
+def _try_all(
+    context: RunContext, plan: TrialPlan, ledger: Ledger, proposals: Sequence[Proposal], *, url: str, share: Share, concurrent: int
+) -> None:
+    """Run trials until the recipe's number of them has ended; where all were lost at once, the others go on, one less at a time.
+
+    Raises:
+        StageError: if they were lost oftener than a trial may fail, or there is no room for one any more.
+    """
+    losses, most = 0, context.recipe.experts.train.max_failures
+    while (left := section_of(context).trials - len(ledger.ended)) > 0:
+        try:
+            _sweep(context, plan, ledger, proposals, url=url, share=share, concurrent=concurrent, left=left)
+            break
+        except SweepLost as error:
+            losses, concurrent = losses + 1, max(1, concurrent - 1)
+            if losses > most:
+                fix = "raise cluster.memory_gb_per_worker, or lower search.max_concurrent; the same command goes on"
+                raise StageError(f"{error}, {losses} times; fix: {fix}") from error
+            context.display.message(f"{error}; they go on from their checkpoints, at most {concurrent} at once")
+        # Tune lets go of actors and reservations, but the error has kept hold of Tune.
+        gc.collect()
+        wait_for_room("a trial", share, context.recipe.cluster.queue_timeout_s)
+    storage.remove(storage.join(url, "ray"))
+
+
+def _sweep(
+    context: RunContext,
+    plan: TrialPlan,
+    ledger: Ledger,
+    proposals: Sequence[Proposal],
+    *,
+    url: str,
+    share: Share,
+    concurrent: int,
+    left: int,
+) -> None:
+    section = section_of(context)
+    mode: Literal["max", "min"] = "max" if metric_spec(section.metric).higher_is_better else "min"
+    log = SweepLog(context, ledger, plan, proposals, concurrent)
+    log.show()
+    board = ProgressBoard.start()
+    try:
+        run_sweep(
+            plan,
+            searcher=boundary_search(
+                plan.grid, section.experts, proposals, metric=SCORE, mode=mode, seed=section.seed, history=_history(ledger)
+            ),
+            scheduler=rung_scheduler(section.rungs, metric=SCORE, mode=mode, reduction=section.reduction, history=_rung_scores(ledger)),
+            trials=left,
+            concurrent=concurrent,
+            share=share,
+            max_failures=context.recipe.experts.train.max_failures,
+            storage_url=storage.join(url, "ray"),
+            board=board,
+            observer=log,
+        )
+    finally:
+        log.close()
+        board.close()
 
 
 def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ...]:
