@@ -17,16 +17,19 @@ from linearsr_platform.cluster import sweep
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.record import JOB_FILE, OUTCOME_FILE, job_hash
 from linearsr_platform.cluster.trainer import fit
-from linearsr_platform.cluster.warm import train_here
+from linearsr_platform.cluster.warm import CHECKPOINTS, train_here
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.schema import MachineConfig
 from linearsr_platform.stages import trials
 from linearsr_platform.stages.context import RunContext
+from linearsr_platform.stages.plan import plan_run
 from linearsr_platform.stages.search import run_search
 from linearsr_platform.stages.trials import ledger_of, trial_plan
 
 pytestmark = pytest.mark.ray
 TRIALS, RUNGS = 7, (6, 12)
+SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,20 @@ def test_experts_that_were_trained_before_are_not_trained_again(searched) -> Non
     assert sum(row.trained for row in rows) == len(names)
     assert sum(row.trained + row.cached for row in rows) == sum(3 * len(record.results) for record in ledger_of(context).records.values())
     assert any(row.cached for row in rows)
+
+
+def test_checkpoints_stay_where_another_trial_may_go_on_from_them_and_the_rest_is_what_was_planned(searched, folder: Path) -> None:
+    context, _ = searched
+    records = ledger_of(context).records.values()
+    reached = {name for record in records if record.state == "done" for result in record.results for name in result.experts}
+    stopped = {name for record in records for result in record.results for name in result.experts} - reached
+    store = Path(trial_plan(context).store.url)
+    assert reached
+    assert stopped
+    assert {path.parent.name for path in store.glob(f"*/{CHECKPOINTS}")} == stopped
+    planned = plan_run(context.recipe, [MachineConfig(cpus=2)], {}, folder=str(SMOKE.parent))
+    taken = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    assert planned.search_disk_bytes / 6 < taken < planned.search_disk_bytes
 
 
 def test_a_longer_search_goes_on_where_the_shorter_one_ended(searched, folder: Path) -> None:

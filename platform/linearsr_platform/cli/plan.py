@@ -156,7 +156,8 @@ def _totals(planned: "RunPlan") -> list[tuple[str, str]]:
     rows.append(("disk", f"{planned.disk_bytes / 1e9:.3g} GB at most: checkpoints, averaged weights, bundle and its copy in the registry"))
     rows.append(("photographs", str(planned.pictures)))
     if planned.trials_at_once is not None:
-        rows.append(("search", f"{planned.trials_at_once} trials at once"))
+        disk = f"{planned.search_disk_bytes / 1e9:.3g} GB of disk at most for their experts, which stay"
+        rows.append(("search", f"{planned.trials_at_once} trials at once, {disk}"))
     if planned.seconds is None:
         unknown = ", ".join(stage.stage for stage in planned.training if stage.seconds is None)
         rows.append(

@@ -89,7 +89,10 @@ class BoundaryTrial(tune.Trainable):
         def observer_of(index: int) -> _Expert:
             return _Expert(self._tell, self._warn, _place(index, len(jobs)), jobs[index].train.max_steps)
 
-        outcomes = train_all(jobs, before, claims=self._claims, owner=self.trial_id, on_expert=on_expert, observer_of=observer_of)
+        last = self._rung + 1 == len(plan.rungs)
+        outcomes = train_all(
+            jobs, before, claims=self._claims, owner=self.trial_id, on_expert=on_expert, observer_of=observer_of, last=last
+        )
         self._tell("scoring")
         measured = plan.scoring.measure([outcome.last_weights for outcome in outcomes], self._boundaries)
         self._rung += 1

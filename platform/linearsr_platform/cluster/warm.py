@@ -27,7 +27,7 @@ ObserverOf = Callable[[int], Observer]
 """From the number of an expert to who is told how its training goes."""
 
 CHECKPOINTS = "checkpoints"
-"""Folder of the last checkpoint beside an expert's outcome, for a longer training to go on from."""
+"""Folder of the last checkpoint beside an expert's outcome, for a longer training to go on from, which deletes it when it is done."""
 WAIT_S = 0.3
 """Time between two looks at an expert that another trial is training."""
 
@@ -46,7 +46,7 @@ class ExpertStore:
     def job(self, interval: tuple[float, float], *, steps: int, seed: int) -> TrainJob:
         """Describe the training of one expert; the same arguments give the same name and folder."""
         # Measured at the start, which the guard needs, and at the end: a trial is judged by its experts together.
-        # One checkpoint is kept, because it stays for a longer training to go on from: of a network of 1.6 G parameters it has 26 GB.
+        # One checkpoint at a time: of a network of 1.6 G parameters it has 26 GB, and it stays until a longer training has gone on from it.
         often = min(steps, self.template.train.checkpoint_every)
         changed = {"max_steps": steps, "validate_every": steps, "checkpoint_every": often, "keep_checkpoints": 1}
         train = self.template.train.model_copy(update=changed)
@@ -164,6 +164,7 @@ def train_all(
     owner: str,
     on_expert: OnExpert,
     observer_of: ObserverOf = lambda index: Silence(),
+    last: bool = False,
 ) -> list[TrainOutcome]:
     """Train the experts of one trial one after the other, those that nobody else is at first.
 
@@ -176,6 +177,7 @@ def train_all(
         owner: id of this trial.
         on_expert: called with the number of an expert before it is trained, and with None while waiting.
         observer_of: who is told how the training of an expert goes.
+        last: whether none of the search goes on from these, so that their checkpoints need not stay.
     """
     outcomes: dict[int, TrainOutcome] = {}
     while len(outcomes) < len(jobs):
@@ -187,6 +189,9 @@ def train_all(
             on_expert(mine)
             try:
                 outcomes[mine] = train_here(jobs[mine], before=before[mine], observer=observer_of(mine))
+                for used in (before[mine], jobs[mine] if last else None):
+                    if used is not None:
+                        storage.remove(storage.join(used.output_url, CHECKPOINTS))
             finally:
                 claims.release(owner)
         elif len(outcomes) < len(jobs):

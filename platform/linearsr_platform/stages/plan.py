@@ -12,9 +12,11 @@ from linearsr_platform.recipe.search_schema import SearchSection, trial_training
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.stages.activations import training_size, worker_bytes
 from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
-from linearsr_platform.train.footprint import FLOAT32, Footprint, checkpoint_bytes, snapshot_bytes
+from linearsr_platform.train.footprint import FLOAT32, STATE_COPIES, Footprint, checkpoint_bytes, snapshot_bytes
 
 GIGA = 1e9
+OTHER_FINALISTS = 3
+"""Beside the best trials: the paper's boundaries, uniform ones and a single expert."""
 AFTER_S = 3.0
 """From a trainer's last step to its end."""
 
@@ -69,6 +71,8 @@ class RunPlan:
     """Image files that the sources take; tars count as one."""
     trials_at_once: int | None
     """Of the recipe's search; None if it has none."""
+    search_disk_bytes: float
+    """Most that the search's experts have on disk, beside a run's; they stay, so that a longer search goes on from them."""
     problems: tuple[str, ...]
     """Why it can never run."""
 
@@ -131,8 +135,24 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
     other = {name: pace.stage_s for name, pace in paces.items() if pace.stage_s is not None}
     trials = None if recipe.search is None else _trials(recipe, recipe.search, machines, problems)
     return RunPlan(
-        machines=tuple(machines), training=training, other_s=other, pictures=pictures, trials_at_once=trials, problems=tuple(problems)
+        machines=tuple(machines),
+        training=training,
+        other_s=other,
+        pictures=pictures,
+        trials_at_once=trials,
+        search_disk_bytes=0.0 if recipe.search is None else _search_disk_bytes(recipe.search, training[0].parameters),
+        problems=tuple(problems),
     )
+
+
+def _search_disk_bytes(search: SearchSection, parameters: int) -> float:
+    """Return what the experts of all trials and finalists have on disk at most: as if none were shared and no trial stopped early.
+
+    Each has its averaged weights from begin and end, and those of one rung of each trial a checkpoint for the next.
+    """
+    finalists = (search.finalists.top + OTHER_FINALISTS) * search.finalists.seeds
+    trained = search.trials * len(search.rungs) + finalists
+    return parameters * FLOAT32 * max(search.experts) * (trained * 2 + search.trials * STATE_COPIES)
 
 
 def _trials(recipe: Recipe, search: SearchSection, machines: Sequence[MachineConfig], problems: list[str]) -> int:

@@ -11,6 +11,8 @@ from linearsr_platform.recipe.train_schema import TrainConfig
 FLOAT32 = 4
 MOMENTS = 2
 """Of AdamW."""
+STATE_COPIES = 1 + MOMENTS + 1
+"""Float32 numbers of a parameter in a checkpoint: weight, moments and average."""
 PROCESS_BYTES = 0.95e9
 """Resident memory of a worker with torch, DeepSpeed and metrics, before there is a network."""
 READER_BYTES = 0.15e9
@@ -98,7 +100,7 @@ def footprint(
     # Float32 ZeRO keeps its share of master weights as flat copies of the parameters; without ZeRO the parameters are the masters.
     copies = 1 if dtype != FLOAT32 or stage > 0 else 0
     owned = parameters / shared_optimizer
-    state = owned * FLOAT32 * (1 + MOMENTS + 1)
+    state = owned * FLOAT32 * STATE_COPIES
     gradients = parameters * dtype / shared_gradients
     saved = SAVED_COPIES * FLOAT32 * float(parameters)
     return Footprint(
@@ -119,7 +121,7 @@ def footprint(
 def checkpoint_bytes(train: TrainConfig, *, parameters: int) -> float:
     """Return what a trainer's full checkpoints are on disk at most, the one being written among them; they go when it has ended."""
     saves = train.max_steps // train.checkpoint_every + 1
-    return parameters * FLOAT32 * (1 + MOMENTS + 1) * min(train.keep_checkpoints + 1, saves)
+    return parameters * FLOAT32 * STATE_COPIES * min(train.keep_checkpoints + 1, saves)
 
 
 def snapshot_bytes(train: TrainConfig, *, parameters: int) -> float:
