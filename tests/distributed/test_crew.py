@@ -15,6 +15,7 @@ from linearsr_platform.cli.progress import PlainDisplay
 from linearsr_platform.cluster import shipping
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import LOSSES, RayCrew
+from linearsr_platform.cluster.experts import machines
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.stages import evaluate
@@ -37,6 +38,18 @@ def test_every_piece_is_done_once_by_workers_that_are_made_once(cluster: object,
     assert {marks(tmp_path, piece.name) for piece in numbers(20)} == {1}
     assert free_cpus() == CPUS
     assert list(RayCrew(ONE).map_unordered(MakeSquarer(str(tmp_path / "absent")), [])) == []
+
+
+def test_no_more_work_at_once_than_there_is_memory_for(cluster: object, tmp_path: Path) -> None:
+    """Two machines' worth of CPUs and memory for one and a half workers: a second one is never started."""
+    (node,) = machines()
+    share = Share(cpus=1, memory_bytes=node.memory_bytes / 1.5)
+    assert dict(RayCrew(share).map_unordered(MakeSquarer(str(tmp_path)), numbers(6))) == {number: number**2 for number in range(6)}
+    assert marks(tmp_path, "made") == 1
+    # One that is asked for waits, and the first does all the same.
+    assert len(dict(RayCrew(share, most=2).map_unordered(MakeSquarer(str(tmp_path)), numbers(6)))) == 6
+    assert marks(tmp_path, "made") == 2
+    assert free_cpus() == CPUS
 
 
 def test_the_piece_of_a_killed_worker_is_done_again(cluster: object, tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_measured_numbers_do_not_depend_on_who_measures(cluster: object, tmp_pat
             loaded=loaded, storage_url=str(tmp_path), display=PlainDisplay(Console()), open_cluster=lambda: opened.append(folder)
         )
         make = MakeMeasurer(request=request, results_url=str(tmp_path / folder))
-        return measure_all(photographs, make, lambda count: evaluate._crew(context, count), lambda done, total: None)
+        return measure_all(photographs, make, lambda count: evaluate._crew(context, count, (16, 16)), lambda done, total: None)
 
     alone = measured(5, "alone")
     assert measured(4, "crew") == alone

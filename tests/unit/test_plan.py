@@ -21,11 +21,11 @@ from linearsr_platform.cli.app import app
 from linearsr_platform.cluster.capacity import Room, Share
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
-from linearsr_platform.stages.activations import network_size, training_size, worker_bytes
+from linearsr_platform.stages.activations import measurer_bytes, network_size, training_size, worker_bytes
 from linearsr_platform.stages.context import StageResult
 from linearsr_platform.stages.pace import Pace, paces, train_seconds
 from linearsr_platform.stages.plan import plan_run
-from linearsr_platform.train.footprint import checkpoint_bytes, footprint, snapshot_bytes
+from linearsr_platform.train.footprint import PROCESS_BYTES, checkpoint_bytes, footprint, snapshot_bytes
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
@@ -167,6 +167,16 @@ def test_trials_at_once_are_those_of_the_search(overrides: tuple[str, ...], memo
     planned = plan_run(search, [MachineConfig(cpus=4, memory_gb=memory_gb)], {}, folder=FOLDER)
     assert planned.trials_at_once == trials
     assert any("no room for a trial" in problem for problem in planned.problems) == (trials == 0)
+
+
+def test_a_measurer_keeps_all_experts_in_memory_and_a_whole_picture() -> None:
+    four, one = recipe(), recipe("experts.boundaries=[]")
+    weights = 4 * network_size(four.model, four.finetune.train).parameters
+    assert measurer_bytes(four, (64, 64)) - measurer_bytes(one, (64, 64)) == 3 * weights
+    # Twice as wide and high, and what a picture takes is four times as much, as everything in it grows linearly.
+    least, large, larger = (measurer_bytes(four, (side, side)) - PROCESS_BYTES - 4 * weights for side in (64, 256, 512))
+    assert 0 < least < large
+    assert larger == pytest.approx(4 * large, rel=0.1)
 
 
 def test_photographs_are_those_that_table_and_limit_leave() -> None:

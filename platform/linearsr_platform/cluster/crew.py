@@ -63,7 +63,8 @@ class RayCrew:
         if not pieces:
             return
         more: dict[str, Any] = {"runtime_env": {"env_vars": self._environment}} if self._environment else {}
-        worker = ray.remote(_Worker).options(num_cpus=self._share.cpus, num_gpus=self._share.gpus, max_restarts=0, **more)
+        memory = int(self._share.memory_bytes)
+        worker = ray.remote(_Worker).options(num_cpus=self._share.cpus, num_gpus=self._share.gpus, memory=memory, max_restarts=0, **more)
         shift = _Shift(worker, make, pieces, self._share, self._most, self._patience_s)
         try:
             yield from shift.results()

@@ -1,7 +1,7 @@
 """Stage `evaluate`: the bundle on the held-out photographs, beside bicubic, under each named protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 
 import numpy as np
@@ -9,16 +9,18 @@ import numpy as np
 from linearsr.metrics import smallest_side
 from linearsr.protocols import PROTOCOLS
 from linearsr_platform import storage
-from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.capacity import share_of_worker
 from linearsr_platform.cluster.crew import RayCrew
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.data.crew import Crew, SerialCrew
 from linearsr_platform.data.degraded import lr_image
 from linearsr_platform.data.manifest import Manifest
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.errors import UserError
 from linearsr_platform.registry.evaluation import ProtocolTable
+from linearsr_platform.stages.activations import measurer_bytes
 from linearsr_platform.stages.assemble import bundle_url
-from linearsr_platform.stages.context import RunContext, StageOutput
+from linearsr_platform.stages.context import RecipeContext, RunContext, StageOutput
 from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, check_request, measure_all, tables_of, tags_read, tags_told
 from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
 from linearsr_platform.stages.prepare import shards_of
@@ -52,7 +54,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         results_url=storage.join(url, "measured"),
     )
     measured = measure_all(
-        photographs, make, lambda count: _crew(context, count), lambda done, total: context.display.update("evaluate", done, total)
+        photographs,
+        make,
+        lambda count: _crew(context, count, _largest(photographs)),
+        lambda done, total: context.display.update("evaluate", done, total),
     )
     degradation = asdict(context.recipe.degradation)
     how = comparable(scale=context.recipe.model.scale, degradation=degradation, seed=request.seed, measured=measured)
@@ -124,15 +129,24 @@ def held_out(context: RunContext) -> list[Photograph]:
     return photographs
 
 
-def _crew(context: RunContext, count: int) -> Crew:
+def _crew(context: RecipeContext, count: int, largest: tuple[int, int]) -> Crew:
     """Return who measures that many photographs: workers of the cluster from `data.parallel_from` on.
 
-    They have CPUs alone: the numbers are made on one thread of one, so that they are the same wherever.
+    They have CPUs alone: the numbers are made on one thread of one, so that they are the same wherever. As many work at once as there is
+    memory for the whole model in each, with a picture of the `largest` (height, width) of LR.
     """
     if count < context.recipe.data.parallel_from:
         return SerialCrew()
     context.open_cluster()
-    return RayCrew(Share(cpus=context.recipe.cluster.cpus_per_worker))
+    share = share_of_worker(context.recipe.cluster, memory_bytes=measurer_bytes(context.recipe, largest))
+    return RayCrew(room_now().attainable(replace(share, gpus=0.0), 1))
+
+
+def _largest(photographs: Sequence[Photograph]) -> tuple[int, int]:
+    """Return the (height, width) of the LR picture with the most pixels."""
+    sizes = [photograph.lr.shape for photograph in photographs if photograph.lr is not None]
+    height, width, _ = max(sizes, key=lambda shape: shape[0] * shape[1])
+    return height, width
 
 
 def _request(context: RunContext) -> Request:
