@@ -70,6 +70,10 @@ class SuperResolutionTask:
         self._meter: Meter | None = None
         self.captions = Captions(config.model.tags, config.text)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Travel without the networks of metrics: who makes crops elsewhere has no use for them, and would start CUDA for those on one."""
+        return {**vars(self), "_meter": None}
+
     def build(self) -> nn.Module:
         """Return a freshly initialised network on the CPU in float32, the same for the same seed."""
         with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,7 @@
 """The training task: its loss is flow matching, its validation starts where the expert's interval does, and it learns."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_examples_are_deterministic_pairs() -> None:
         "tags": ((2,), np.int64),
     }
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_task_travels_without_the_networks_of_its_metrics() -> None:
+    """Loader processes get its `transform` when validation may have made them; on a GPU each process would start CUDA for them."""
+    task = make_task()
+    before = pickle.dumps(task.transform)
+    task._meter = Meter(("psnr_y",), "quickstart", None)
+    assert pickle.dumps(task.transform) == before
+    assert pickle.loads(before).__self__.config == task.config
 
 
 def test_without_a_prior_the_loss_is_the_velocity_error() -> None:
