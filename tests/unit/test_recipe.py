@@ -224,6 +224,7 @@ def test_every_mistake_is_reported_at_once_with_place_value_rule_and_nearest_key
         (["evaluate.seed=9223372036854775808"], "evaluate.seed"),
         (["cluster.gpus_per_worker=1"], "cluster.gpus_per_worker"),
         (["cluster.gpus_per_worker=0.5", "cluster.num_gpus=1", "pretrain.workers=2"], "cluster.gpus_per_worker"),
+        (["cluster.gpus_per_worker=1.5", "cluster.num_gpus=3"], "cluster.gpus_per_worker"),
         (["cluster.num_cpus=1", "pretrain.workers=2"], "pretrain.workers"),
         (["cluster.num_cpus=1", "pretrain.workers=2", "pretrain.min_workers=2"], "pretrain.min_workers"),
     ],

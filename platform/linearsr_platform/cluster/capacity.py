@@ -63,8 +63,18 @@ class Room:
 
 def _times(node: Share, share: Share) -> int:
     """Return how many shares a machine has."""
-    amounts = [(node.cpus, share.cpus), (node.gpus, share.gpus), (node.memory_bytes, share.memory_bytes)]
-    return min(int(min(has / wanted, 2**31) + ROUNDING) for has, wanted in amounts if wanted)
+    amounts = [(node.cpus, share.cpus), (node.memory_bytes, share.memory_bytes)]
+    counts = [int(min(has / wanted, 2**31) + ROUNDING) for has, wanted in amounts if wanted]
+    if share.gpus:
+        # A fraction is one of a single GPU: three of 0.6 find no room on two.
+        whole = share.gpus >= 1
+        counts.append(int(node.gpus / share.gpus + ROUNDING) if whole else int(node.gpus + ROUNDING) * sharers_of_gpu(share.gpus))
+    return min(counts)
+
+
+def sharers_of_gpu(gpus: float) -> int:
+    """Return how many workers of that many GPUs each, more than 0, Ray puts on one GPU; 1 where each has one or more."""
+    return max(1, int(1 / gpus + ROUNDING))
 
 
 def share_of_worker(cluster: ClusterConfig, *, cpus: float | None = None, memory_bytes: float | None = None) -> Share:

@@ -273,6 +273,8 @@ def _devices(recipe: Recipe) -> Iterator[Broken]:
     if cluster.address is None and cluster.gpus_per_worker > cluster.num_gpus:
         rule = f"at most cluster.num_gpus, {cluster.num_gpus}, on a local cluster"
         yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, rule)
+    if cluster.gpus_per_worker > 1 and cluster.gpus_per_worker % 1:
+        yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, "a whole number above 1: Ray gives whole GPUs, or a part of one")
     several = [where for where in TRAINING_STAGES if recipe.training_stage(where).workers > 1]
     if 0 < cluster.gpus_per_worker < 1 and several:
         rule = f"at least 1 where {several[0]}.workers is above 1: the workers of one trainer cannot share a GPU"

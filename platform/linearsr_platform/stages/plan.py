@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 
-from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, trials_at_once
+from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, sharers_of_gpu, trials_at_once
 from linearsr_platform.data.sources import count_pictures
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import MachineConfig, Recipe
@@ -218,9 +218,11 @@ def _at_once(
         return 0
     gpu = share.gpus > 0
     on_device = memory.device_bytes(gpu=gpu)
+    sharers = sharers_of_gpu(share.gpus) if gpu else 1
     limits = [machine.gpu_memory_gb * GIGA for machine in machines if gpu and machine.gpu_memory_gb is not None and machine.gpus]
-    if limits and on_device > max(limits):
-        problems.append(f"{name}: a worker takes {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
+    if limits and on_device * sharers > max(limits):
+        each = "a worker takes" if sharers == 1 else f"{sharers} workers share a GPU, and each takes"
+        problems.append(f"{name}: {each} {on_device / GIGA:.1f} GB of a GPU with {max(limits) / GIGA:.1f} GB: {_terms(memory)}")
         return 0
     reserved = memory.reserved_bytes(train.workers, gpu=gpu)
     slots = room.workers(replace(without, memory_bytes=reserved))
