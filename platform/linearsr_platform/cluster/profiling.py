@@ -17,6 +17,7 @@ from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.experts import POLL_S
 from linearsr_platform.cluster.worker import crop_reader
 from linearsr_platform.recipe.search_schema import ProfileSection
@@ -63,7 +64,7 @@ def profile_on_cluster(plan: ProfilePlan, share: Share, on_level: Callable[[int,
 @ray.remote(max_retries=2, max_calls=1)
 def _profile(plan: ProfilePlan, board: ProgressBoard) -> NoiseProfile:
     torch.set_num_threads(plan.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     low, high = plan.log_snr
     levels, crops = plan.section.levels, plan.section.crops
     edges = tuple(low + (high - low) * index / levels for index in range(levels + 1))

@@ -18,6 +18,7 @@ from linearsr.task import SuperResolutionTask, to_pixels
 from linearsr.task_config import TaskConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.worker import validation_batches
 from linearsr_platform.recipe.search_schema import ScoreSection
 from linearsr_platform.recipe.train_schema import ValidationConfig
@@ -48,7 +49,7 @@ class Scoring:
         """
         config = self.section
         crops = ValidationConfig(crops=config.crops, crop_px=config.crop_px, batch_size=config.batch_size)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = own_device()
         times = times_for_all(self.sampler, self.task.model.flow.shift, boundaries)
         sampler = replace(self.sampler, num_steps=len(times), times=times, grid="uniform")
         routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, sampler)

@@ -15,6 +15,7 @@ from linearsr.guard import Trip
 from linearsr.partition import CutGrid
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.boundary_search import boundaries_of
+from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.rungs import STEPS
 from linearsr_platform.cluster.scoring import Scoring
 from linearsr_platform.cluster.warm import Claims, ExpertStore, Silence, train_all
@@ -67,6 +68,8 @@ class BoundaryTrial(tune.Trainable):
         """
         self._plan, self._board, self._claims = plan, board, claims
         torch.set_num_threads(plan.threads)
+        # Now, and not after an hour on a CPU.
+        own_device()
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
