@@ -9,6 +9,7 @@ import pytest
 from linearsr_platform.cluster.capacity import Room, Share, trials_at_once
 from linearsr_platform.errors import RecipeErrors, UserError
 from linearsr_platform.recipe.load import load_recipe
+from linearsr_platform.recipe.search_schema import trial_training
 from linearsr_platform.stages import search
 from linearsr_platform.stages.context import RecipeContext
 
@@ -93,12 +94,25 @@ def test_what_could_not_work_is_refused_before_anything_starts(override: str, to
     assert any(told in problem for problem in problems(SEARCH, override))
 
 
+@pytest.mark.parametrize(("stage", "taken"), [(0, 0), (2, 2), (3, 2)])
+def test_a_trial_trains_on_one_worker_with_the_same_batches(stage: int, taken: int) -> None:
+    """Not with ZeRO 3, of which DeepSpeed keeps every engine in the process that trains one expert after the other."""
+    train = load_recipe(SEARCH, None, [f"experts.train.zero.stage={stage}", "experts.train.workers=2"]).recipe.experts.train
+    trial = trial_training(train)
+    assert (trial.workers, trial.micro_batch_size, trial.zero.stage) == (1, train.micro_batch_size, taken)
+    assert not trial.knee.stop
+
+
 def test_trials_at_once_are_counted_from_the_cluster_and_one_too_many_is_refused_with_the_arithmetic() -> None:
     machines = (Share(cpus=4, gpus=1), Share(cpus=2))
     assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=None) == 3
     assert trials_at_once(Share(cpus=2), Room(nodes=machines), wanted=2) == 2
     assert trials_at_once(Share(cpus=1, gpus=1), Room(nodes=machines), wanted=None) == 1
     assert trials_at_once(Share(cpus=1), Room(nodes=machines), wanted=None) == 6
+    # Ray puts a fraction on one GPU: with four of them it was seen to place so many of each.
+    gpus = Room(nodes=(Share(cpus=64, gpus=4),))
+    placed = {1.0: 4, 2.0: 2, 3.0: 1, 0.75: 4, 0.6: 4, 0.5: 8, 0.3: 12, 0.25: 16, 0.1: 40}
+    assert {share: gpus.workers(Share(cpus=1, gpus=share)) for share in placed} == placed
     with_memory = tuple(replace(machine, memory_bytes=2e9) for machine in machines)
     assert trials_at_once(Share(cpus=1, memory_bytes=1.5e9), Room(nodes=with_memory), wanted=None) == 2
     with pytest.raises(

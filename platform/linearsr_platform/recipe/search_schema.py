@@ -73,4 +73,7 @@ class SearchSection(Section):
 def trial_training(train: TrainConfig) -> TrainConfig:
     """Return a run's training on one worker with the same batches, for a number of steps that the knee does not cut short."""
     knee = train.knee.model_copy(update={"stop": False})
-    return train.model_copy(update={"workers": 1, "accumulation": train.workers * train.accumulation, "max_seconds": None, "knee": knee})
+    # One worker has nobody to share parameters out to, and with stage 3 DeepSpeed keeps every engine of a process for ever.
+    zero = train.zero.model_copy(update={"stage": min(train.zero.stage, 2)})
+    accumulation = train.workers * train.accumulation
+    return train.model_copy(update={"workers": 1, "accumulation": accumulation, "max_seconds": None, "knee": knee, "zero": zero})
