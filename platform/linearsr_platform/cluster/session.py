@@ -41,6 +41,9 @@ ALWAYS = {
     "THP_MEM_ALLOC_ENABLE": "1",
     # DeepSpeed refuses to start without it; Ray Train sets it anew in its workers, a lone process of another kind has nobody who does.
     "LOCAL_RANK": "0",
+    # Without a workspace of its own cuBLAS may add in another order every time; `doctor resume` compares bits. Source: torch's notes on
+    # randomness.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Tune by itself prints what it is about to do and every error, writes results into three kinds of log, and swallows Ctrl-C.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

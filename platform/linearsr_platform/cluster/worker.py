@@ -62,6 +62,9 @@ def _train(job: TrainJob, board: ProgressBoard, checkpoints: str) -> None:
     from linearsr_platform.train.engine import DeepSpeedEngine
     from linearsr_platform.train.loop import run_training
 
+    if job.rehearsal is not None and torch.cuda.is_available():
+        # Two trainings are compared bit for bit. By themselves some of CUDA's kernels add in whatever order their threads come.
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
     context = ray.train.get_context()
     job = replace(job, train=job.train.on_workers(context.get_world_size()))
     task = job.build_task()
