@@ -25,12 +25,23 @@ from linearsr.latent import upsample_bicubic
 from linearsr.metrics import Meter
 from linearsr.upscaler import Upscaler
 from linearsr_platform.data.crew import SerialCrew
-from linearsr_platform.errors import UserError
+from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, measure_all, tables_of
 from linearsr_platform.stages.measuring import ROWS, Measured, Measurer, Photograph, Request, features_of, to_pixels, to_tensor
 
 METRICS = {"classic": ("psnr_y", "ssim_y"), "seesr": ("psnr_y",)}
 """Both cut 4 px; they differ in the colour fix."""
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_picture_that_memory_does_not_last_for_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(self: Measurer, photograph: Photograph) -> Measured:
+        raise error
+
+    monkeypatch.setattr(Measurer, "__call__", fails)
+    measure = MakeMeasurer(request=Request(metrics={"classic": ("psnr_y",)}))()
+    with pytest.raises(StageError, match=r"^large: ran out of memory; .*fix: --device cpu"):
+        measure(Photograph(name="large"))
 
 
 @pytest.fixture(scope="module")

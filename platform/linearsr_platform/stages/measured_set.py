@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from linearsr.bundle import BundleError
 from linearsr.codec_source import CodecError
@@ -57,7 +58,7 @@ class MakeMeasurer:
 
         def measure(piece: Piece) -> Measured:
             photograph = piece.load()
-            with _told():
+            with _told(photograph.name):
                 found = measurer(photograph)
             if self.results_url is not None:
                 # Last, so that a photograph with numbers has its pictures too.
@@ -204,9 +205,13 @@ def _file(results_url: str, name: str) -> str:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn refusals of model and metrics, which are the user's to mend, into the user's errors."""
+def _told(name: str = "evaluate") -> Iterator[None]:
+    """Turn refusals of model and metrics, which are the user's to mend, into the user's errors, and lost memory into one about `name`."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        # All experts stay on the device, and a picture is made whole: others would not be the numbers of the protocol.
+        fix = "--device cpu, smaller pictures, or a machine with more memory; what is finished is kept"
+        raise StageError(f"{name}: ran out of memory; expected enough for all experts and the whole picture; fix: {fix}") from error
     except (MetricError, BundleError, CodecError, TextEncoderError) as error:
         raise UserError(str(error)) from error
