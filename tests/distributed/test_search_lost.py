@@ -77,6 +77,15 @@ def test_a_search_whose_trials_never_find_memory_ends_and_says_what_helps(folder
     assert free_cpus() == CPUS
 
 
+def test_a_trial_that_is_thought_to_need_more_than_a_machine_has_is_tried(folder: Path) -> None:
+    """Alone; its scoring, too, reserves what a machine has and does not wait for more."""
+    from tiny_search import run_to, tiny_search
+
+    with tiny_search(folder, {"search.seed": 6, "search.trials": 1, "cluster.memory_gb_per_worker": 99999}) as context:
+        run_to(context, "trials")
+        assert [record.state for record in ledger_of(context).records.values()] == ["done"]
+
+
 def test_an_expert_that_is_killed_goes_on_from_its_checkpoint_and_leaves_no_network_behind(folder: Path, tmp_path: Path) -> None:
     from tiny_search import run_to, tiny_search
 

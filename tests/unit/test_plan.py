@@ -18,7 +18,7 @@ from autoencoders import write_autoencoder
 from linearsr.backbone import Backbone
 from linearsr.codec_memory import CodecMemory
 from linearsr_platform.cli.app import app
-from linearsr_platform.cluster.capacity import Room, Share
+from linearsr_platform.cluster.capacity import CLAMPED, Room, Share
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
 from linearsr_platform.stages.activations import measurer_bytes, network_size, training_size, worker_bytes
@@ -204,6 +204,8 @@ def test_the_command_prints_json_and_refuses_wrong_rates(tmp_path: Path) -> None
     assert wrong.exit_code == 2
     unset = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", "cluster.secrets.AWS_SECRET_ACCESS_KEY=env:LINEARSR_IS_NOT_SET"])
     assert (unset.exit_code, "cluster.secrets.AWS_SECRET_ACCESS_KEY: got 'env:LINEARSR_IS_NOT_SET'" in unset.output) == (2, True)
+    full = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.object_store_mb=99000000"])
+    assert (full.exit_code, "cluster.object_store_mb: got 103809.0 GB; expected less" in full.output) == (2, True)
     impossible = CliRunner().invoke(app, ["plan", QUICKSTART, "--set", storage, "--set", "cluster.machines=[{cpus: 1}]"])
     assert impossible.exit_code == 1
 
@@ -227,7 +229,8 @@ def test_memory_is_kept_for_workers_and_is_by_itself_no_reason_never_to_start() 
     cases = {(10, 1): 10, (10, 5): 10, (10, 7): 16 / 3, (10, 8): 4, (40, 2): 32, (100, 1): 64, (100, 5): 64 / 4, (100, 9): 4}
     for (wanted_gb, workers), gigabytes in cases.items():
         share = room.attainable(Share(cpus=1, memory_bytes=wanted_gb * 1e9), workers)
-        assert share.memory_bytes == pytest.approx(gigabytes * 1e9), (wanted_gb, workers)
+        part = 1.0 if gigabytes == wanted_gb else CLAMPED
+        assert share.memory_bytes == pytest.approx(part * gigabytes * 1e9), (wanted_gb, workers)
         assert room.workers(share) >= min(workers, 8)
     assert str(Share(cpus=1, gpus=2, memory_bytes=3e9)) == "1 CPUs, 2 GPUs and 3 GB of memory"
     assert Share(cpus=1, memory_bytes=2.7).resources == {"CPU": 1, "memory": 2}

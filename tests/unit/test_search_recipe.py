@@ -10,7 +10,7 @@ from linearsr_platform.cluster.capacity import Room, Share, trials_at_once
 from linearsr_platform.errors import RecipeErrors, UserError
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.search_schema import trial_training
-from linearsr_platform.stages import search
+from linearsr_platform.stages import profile, search
 from linearsr_platform.stages.context import RecipeContext
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -125,7 +125,8 @@ def test_a_search_starts_on_a_cluster_that_grows_from_nothing_and_not_on_a_local
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     nothing = Room(nodes=(Share(cpus=0),))
-    monkeypatch.setattr(search, "room_now", lambda: nothing)
+    for stage in (search, profile):
+        monkeypatch.setattr(stage, "room_now", lambda: nothing)
 
     def check(*overrides: str) -> None:
         loaded = load_recipe(SEARCH, None, overrides)

@@ -98,8 +98,10 @@ def _machines(cluster: "ClusterConfig") -> "list[MachineConfig]":
 
     cpus = float(cluster.num_cpus or os.cpu_count() or 1)
     # As Ray counts it for the cluster that it starts here.
-    memory_gb = (free_bytes(torch.device("cpu")) - cluster.object_store_mb * 2**20) / 1e9
-    return [MachineConfig(cpus=cpus, gpus=float(cluster.num_gpus), memory_gb=memory_gb)]
+    free_gb, store_gb = free_bytes(torch.device("cpu")) / 1e9, cluster.object_store_mb * 2**20 / 1e9
+    if store_gb >= free_gb:
+        raise UserError(f"cluster.object_store_mb: got {store_gb:.1f} GB; expected less than the {free_gb:.1f} GB that are free here")
+    return [MachineConfig(cpus=cpus, gpus=float(cluster.num_gpus), memory_gb=free_gb - store_gb)]
 
 
 def _show(planned: "RunPlan", *, gpu: bool) -> None:

@@ -12,6 +12,10 @@ ROUNDING = 1e-9
 """Ten shares of 0.1 CPU fit one CPU."""
 
 
+CLAMPED = 0.95
+"""Of a machine's memory that is reserved where all of it would be too little: one that takes its place may count a little less."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """What one worker reserves, or what one machine has."""
@@ -55,7 +59,7 @@ class Room:
         """
         without = replace(share, memory_bytes=0.0)
         workers = min(workers, self.workers(without))
-        limits = {node.memory_bytes / count for node in self.nodes for count in range(1, min(workers, _times(node, without)) + 1)}
+        limits = {CLAMPED * node.memory_bytes / count for node in self.nodes for count in range(1, min(workers, _times(node, without)) + 1)}
         amounts = sorted({share.memory_bytes, *(limit for limit in limits if limit < share.memory_bytes)}, reverse=True)
         # The least always does: with it memory keeps no machine from taking as many as its CPUs and GPUs do.
         return next(smaller for memory in amounts if self.workers(smaller := replace(share, memory_bytes=memory)) >= workers)

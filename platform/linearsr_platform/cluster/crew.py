@@ -12,15 +12,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from linearsr_platform.cluster.capacity import Room, Share
-from linearsr_platform.cluster.experts import machines
+from linearsr_platform.cluster.experts import LOOK_S, machines
 from linearsr_platform.data.crew import Make
 from linearsr_platform.data.executor import P, R
 from linearsr_platform.errors import StageError, UserError
 
 LOSSES = 3
 """Times that a piece may lose the worker that does it; whatever is lost more often is most likely what kills them."""
-LOOK_S = 5.0
-"""Between two looks at how many machines the cluster has."""
 GRACE_S = 5.0
 """What pieces under way have to come to their end when everything is stopped."""
 

@@ -21,6 +21,8 @@ from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import TrainOutcome
 
 POLL_S = 0.3
+LOOK_S = 5.0
+"""Between two looks at how many machines the cluster has."""
 CANCEL_S = 30.0
 """How long cancelled trainers get to give their workers back."""
 
@@ -105,7 +107,7 @@ class _Fleet:
         self._storage_url, self._board, self._keep = storage_url, board, keep
         self._running: dict[Ref, TrainJob] = {}
         self._restarts: Counter[str] = Counter()
-        self._released_s = float("-inf")
+        self._released_s, self._looked_s = float("-inf"), time.monotonic()
 
     def run(self, queue: deque[TrainJob], on_poll: OnPoll, results: dict[str, Result]) -> None:
         """Work off the queue, in its order."""
@@ -127,6 +129,10 @@ class _Fleet:
 
     def _start(self, queue: deque[TrainJob]) -> None:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
+        now_s = time.monotonic()
+        if self._cluster.address is not None and now_s >= self._looked_s + LOOK_S:
+            # Machines have come or gone.
+            self._room, self._looked_s = room_now(), now_s
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
             ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share, self._keep)

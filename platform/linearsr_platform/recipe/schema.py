@@ -150,7 +150,8 @@ class MachineConfig(Section):
     cpus: Positive
     gpus: NotNegative = 0.0
     memory_gb: Positive | None = None
-    """Host memory of one, GB of 1e9 bytes; unset is not planned with."""
+    """Host memory of one as Ray counts it, GB of 1e9 bytes: `ray start` by itself leaves 30 % to its object store. Unset is not planned
+    with."""
     gpu_memory_gb: Positive | None = None
     """Memory of one GPU."""
     price_per_hour: NotNegative | None = None

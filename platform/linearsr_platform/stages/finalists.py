@@ -13,7 +13,7 @@ from linearsr.metric_table import metric_spec
 from linearsr.partition import uniform_time
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
-from linearsr_platform.cluster.experts import TrainerFailure, fit_all, room_now
+from linearsr_platform.cluster.experts import TrainerFailure, fit_all
 from linearsr_platform.cluster.record import finished_outcome
 from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.scoring import Candidate, measure_all
@@ -61,7 +61,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         for one in contenders
         for seed in seeds
     ]
-    share = room_now().attainable(trial_share(context), 1)
+    share = trial_share(context)
     # Trainers may have needed less, and those that were done before needed nothing.
     wait_for_room("finalists", share, context.recipe.cluster.queue_timeout_s)
     measured = measure_all(plan.scoring, candidates, share)

@@ -30,9 +30,14 @@ def section_of(context: RunContext) -> SearchSection:
 
 
 def trial_share(context: RunContext) -> Share:
-    """Return what profiling, each trial and scoring reserve: a worker's share, for a trial's experts train one after the other."""
+    """Return what profiling, each trial and scoring reserve: a worker's share, for a trial's experts train one after the other.
+
+    No more memory than a machine of the cluster has, which this opens: whoever reserved more would wait for ever.
+    """
     recipe = context.recipe
-    return share_of_worker(recipe.cluster, memory_bytes=worker_bytes(recipe, trial_training(recipe.experts.train)))
+    context.open_cluster()
+    share = share_of_worker(recipe.cluster, memory_bytes=worker_bytes(recipe, trial_training(recipe.experts.train)))
+    return room_now().attainable(share, 1)
 
 
 def settings(context: RunContext) -> object:
@@ -55,8 +60,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         init_weights=knee_weights(context.results["pretrain"].data["trainers"], "pretrain"),
     )
     task: Any = job.task_config
-    context.open_cluster()
-    share = room_now().attainable(trial_share(context), 1)
+    share = trial_share(context)
     plan = ProfilePlan(job=job, task=task, section=section.profile, log_snr=section.log_snr, threads=max(1, int(share.cpus)))
     context.display.task("profile", section.profile.levels, "levels")
     wait_for_room("profile", share, context.recipe.cluster.queue_timeout_s)

@@ -57,10 +57,8 @@ def check_room(context: RunContext) -> None:
     Raises:
         UserError: with the arithmetic, if a trial or a trainer needs more than a local cluster has.
     """
-    recipe = context.recipe
-    context.open_cluster()
+    recipe, share = context.recipe, trial_share(context)
     room = room_now()
-    share = room.attainable(trial_share(context), 1)
     # A running cluster may grow, so there trials and trainers wait; see `fit_all`.
     if recipe.cluster.address is None:
         trials_at_once(share, room, wanted=None)

@@ -65,12 +65,10 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """Try boundaries until the recipe's number of trials has ended; those of an interrupted attempt count."""
     section, plan, ledger = section_of(context), trial_plan(context), Ledger(storage.join(url, "ledger"))
     proposals = proposals_of(context)
-    context.open_cluster()
-    cluster = context.recipe.cluster
-    share = room_now().attainable(trial_share(context), 1)
+    cluster, share = context.recipe.cluster, trial_share(context)
     wait_for_room("a trial", share, cluster.queue_timeout_s)
     concurrent = trials_at_once(share, room_now(), wanted=section.max_concurrent, may_grow=cluster.address is not None)
-    plan = replace(plan, baseline=_baseline(context, plan, url))
+    plan = replace(plan, baseline=_baseline(plan, share, url))
     tracked.log_params({"concurrent_trials": concurrent, "proposals": {one.name: list(one.boundaries) for one in proposals}})
     _try_all(context, plan, ledger, proposals, url=url, share=share, concurrent=concurrent)
     rows = ledger.rows(section.rungs, {})
@@ -154,13 +152,13 @@ def _sweep(
         board.close()
 
 
-def _baseline(context: RunContext, plan: TrialPlan, url: str) -> tuple[float, ...]:
+def _baseline(plan: TrialPlan, share: Share, url: str) -> tuple[float, ...]:
     """Return what the pre-trained network alone makes of every crop, measured once."""
     file = storage.join(url, BASELINE_FILE)
     if not storage.exists(file):
         weights = plan.store.template.init_weights
         assert weights is not None  # noqa: S101 (experts start from the pre-trained network)
-        (measured,) = measure_all(plan.scoring, [Candidate(boundaries=(), weights=(weights,))], trial_share(context))
+        (measured,) = measure_all(plan.scoring, [Candidate(boundaries=(), weights=(weights,))], share)
         storage.write_json(file, null_for_nan(measured))
     return _baseline_scores(url, plan.metric)
 
