@@ -171,7 +171,7 @@ class ClusterConfig(Section):
     gpus_per_worker: NotNegative = 0.0
     memory_gb_per_worker: NotNegative | None = None
     """Host memory that Ray keeps for a worker, GB, so that no more train at once than there is memory for. Unset keeps what `linearsr plan`
-    works out, or what a machine has if that is less; 0 keeps none."""
+    works out, or 95 % of a machine if that is less; 0 keeps none."""
     object_store_mb: Count = 256
     """Shared memory of a local cluster, MiB."""
     queue_timeout_s: Positive = 600.0
