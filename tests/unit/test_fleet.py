@@ -15,11 +15,13 @@ from linearsr_platform.recipe.train_schema import TrainConfig
 
 @pytest.mark.parametrize(("address", "running"), [("head:6379", 4), (None, 1)])
 def test_trainers_start_as_machines_join_a_running_cluster(monkeypatch: pytest.MonkeyPatch, address: str | None, running: int) -> None:
-    """A head without CPUs at first, then three machines."""
+    """A head without CPUs at first, then three machines, for which an autoscaler was asked."""
     clock, there = SimpleNamespace(now_s=100.0), [Room(nodes=(Share(cpus=0),))]
     monkeypatch.setattr(experts.time, "monotonic", lambda: clock.now_s)
     monkeypatch.setattr(experts, "room_now", lambda: there[0])
     started: list[Any] = []
+    asked: list[int] = []
+    monkeypatch.setattr(experts, "Demand", lambda: SimpleNamespace(ask=lambda share, workers: asked.append(workers)))
     monkeypatch.setattr(experts, "_train", SimpleNamespace(remote=lambda job, *rest: started.append(job) or len(started)))
     nobody = cast("Any", None)
     fleet = experts._Fleet(ClusterConfig(address=address), Share(cpus=1), there[0], "nowhere", nobody, keep=False)
@@ -33,3 +35,5 @@ def test_trainers_start_as_machines_join_a_running_cluster(monkeypatch: pytest.M
     clock.now_s += experts.LOOK_S
     fleet._start(queue)
     assert len(started) == running
+    # What waits is unknown to Ray, whose autoscaler would start no machine for it.
+    assert asked == ([3, 3, 0] if address else [])

@@ -138,3 +138,6 @@ def test_a_search_starts_on_a_cluster_that_grows_from_nothing_and_not_on_a_local
         check()
     assert trials_at_once(Share(cpus=1, gpus=1), nothing, wanted=None, may_grow=True) == 1
     assert trials_at_once(Share(cpus=2), Room(nodes=(Share(cpus=8),)), wanted=3, may_grow=True) == 3
+    # Machines come for those that are wanted; without a number nobody knows how many that would be.
+    assert trials_at_once(Share(cpus=2), Room(nodes=(Share(cpus=8),)), wanted=6, may_grow=True) == 6
+    assert trials_at_once(Share(cpus=2), Room(nodes=(Share(cpus=8),)), wanted=None, may_grow=True) == 4

@@ -100,6 +100,13 @@ def no_room(workers: int, share: Share, waited_s: float) -> str:
     return f"found no room for {workers} workers of {share} in {waited_s:g} s; fix: wait for other work to end, or raise {settings}"
 
 
+def still_waiting(workers: int, share: Share, room: Room, *, waited_s: float, limit_s: float) -> str:
+    """Say what so many workers have waited for in a running cluster, of which nothing may be wrong."""
+    machines = "; ".join(str(node) for node in room.nodes) or "none"
+    waited = f"has waited {waited_s:.0f} of at most {limit_s:g} s for room for {workers} workers of {share}"
+    return f"{waited}, free or on machines that an autoscaler starts; machines now, in all: {machines}"
+
+
 def require_room(workers: Mapping[str, int], share: Share, room: Room) -> None:
     """Refuse trainers that could never start, however long they wait.
 
@@ -132,14 +139,14 @@ def trials_at_once(share: Share, room: Room, *, wanted: int | None, may_grow: bo
         share: of a trial.
         room: of the cluster.
         wanted: at most; None for no limit.
-        may_grow: whether one runs in any case: it waits for the machine that it makes an autoscaler start.
+        may_grow: whether machines may still come, or others leave them: then `wanted` run, as room comes, and one runs in any case.
 
     Raises:
         UserError: with the arithmetic, if not even one has room.
     """
     most = room.workers(share)
-    if most < 1 and may_grow:
-        return 1
+    if may_grow:
+        return max(1, most) if wanted is None else wanted
     if most < 1:
         machines = "; ".join(str(node) for node in room.nodes)
         raise UserError(

@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits, require_room, share_of_worker
+from linearsr_platform.cluster.demand import Demand
 from linearsr_platform.cluster.record import finished_outcome, run_name
 from linearsr_platform.cluster.reservations import release_abandoned
 from linearsr_platform.errors import StageError, UserError
@@ -106,6 +107,7 @@ class _Fleet:
         self._cluster, self._share, self._room = cluster, share, room
         self._storage_url, self._board, self._keep = storage_url, board, keep
         self._running: dict[Ref, TrainJob] = {}
+        self._demand = Demand()
         self._restarts: Counter[str] = Counter()
         self._released_s, self._looked_s = float("-inf"), time.monotonic()
 
@@ -126,6 +128,7 @@ class _Fleet:
                 on_poll(self._board.drain())
         finally:
             self._cancel()
+            self._demand.withdraw()
 
     def _start(self, queue: deque[TrainJob]) -> None:
         # On an existing cluster the first trainer is started in any case: it may grow, or others may leave it.
@@ -137,6 +140,9 @@ class _Fleet:
             job = queue.popleft()
             ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share, self._keep)
             self._running[ref] = job
+        if self._cluster.address is not None:
+            # Those that wait are unknown to Ray until they start, and with nobody asking no machine would come for them.
+            self._demand.ask(self._share, sum(job.train.workers for job in queue))
 
     def _result(self, ref: Ref, job: TrainJob) -> Result:
         try:

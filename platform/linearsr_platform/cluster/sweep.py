@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.demand import Demand
 from linearsr_platform.cluster.experts import POLL_S
 from linearsr_platform.cluster.trial import BoundaryTrial, TrialPlan
 from linearsr_platform.cluster.warm import Claims
@@ -56,6 +57,7 @@ def run_sweep(
     storage_url: str,
     board: ProgressBoard,
     observer: SweepObserver,
+    grow: bool = False,
 ) -> None:
     """Run trials until `trials` of them have ended or failed.
 
@@ -70,11 +72,17 @@ def run_sweep(
         storage_url: folder for Tune's own notes, which nothing depends on.
         board: that trials write to.
         observer: who is told.
+        grow: whether the cluster's autoscaler is asked for room for all that run at once. Tune by itself asks for one more than has room.
 
     Raises:
         SweepLost: if a process was lost in a way that Tune has no answer to.
     """
-    claims = Claims.start()
+    claims, demand = Claims.start(), Demand()
+
+    def ask(ended: int) -> None:
+        if grow:
+            demand.ask(share, min(concurrent, trials - ended))
+
     try:
         trainable = tune.with_parameters(BoundaryTrial, plan=plan, board=board, claims=claims)
         tune.Tuner(
@@ -88,7 +96,7 @@ def run_sweep(
                 # Trained experts are kept in the store; a trial itself has nothing to save.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_Teller(observer, board, claims)],
+                callbacks=[_Teller(observer, board, claims, ask)],
                 verbose=0,
             ),
         ).fit()
@@ -101,14 +109,15 @@ def run_sweep(
             raise
         raise SweepLost("trials: a machine ran out of memory, and Ray ended what ran there") from error
     finally:
+        demand.withdraw()
         claims.close()
 
 
 class _Teller(tune.Callback):
     """Passes on what Tune says, and gives up the claims of trials that can no longer do so."""
 
-    def __init__(self, observer: SweepObserver, board: ProgressBoard, claims: Claims) -> None:
-        self._observer, self._board, self._claims = observer, board, claims
+    def __init__(self, observer: SweepObserver, board: ProgressBoard, claims: Claims, ask: Callable[[int], None]) -> None:
+        self._observer, self._board, self._claims, self._ask = observer, board, claims, ask
         self._polled_s = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,6 +129,7 @@ class _Teller(tune.Callback):
         if now_s - self._polled_s >= POLL_S:
             self._polled_s = now_s
             self._observer.on_poll(self._board.drain())
+            self._ask(sum(trial.status in (Trial.TERMINATED, Trial.ERROR) for trial in trials))
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._observer.on_start(trial.trial_id, trial.config)

@@ -62,7 +62,7 @@ class SearchSection(Section):
     metric: str = "psnr_y"
     """Metric of the scores, one of `validation.metrics`."""
     max_concurrent: Count | None = None
-    """Trials at once at most; unset takes as many as the cluster has room for."""
+    """Trials at once at most, for which a running cluster's autoscaler is asked; unset takes as many as there is room for as they begin."""
     seed: Seed = 0
     """Of the searcher and of the experts' training."""
     profile: ProfileSection = ProfileSection()

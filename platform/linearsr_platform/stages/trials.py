@@ -105,7 +105,9 @@ def _try_all(
             _sweep(context, plan, ledger, proposals, url=url, share=share, concurrent=concurrent, left=left)
             break
         except SweepLost as error:
-            losses, concurrent = losses + 1, max(1, concurrent - 1)
+            # Those that waited for room ran nowhere.
+            running = min(concurrent, max(1, room_now().workers(share)))
+            losses, concurrent = losses + 1, max(1, running - 1)
             if losses > most:
                 fix = "raise cluster.memory_gb_per_worker, or lower search.max_concurrent; the same command goes on"
                 raise StageError(f"{error}, {losses} times; fix: {fix}") from error
@@ -146,6 +148,7 @@ def _sweep(
             storage_url=storage.join(url, "ray"),
             board=board,
             observer=log,
+            grow=context.recipe.cluster.address is not None and section.max_concurrent is not None,
         )
     finally:
         log.close()
