@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from linearsr_platform.cluster.patience import STARTS, Patience
+from linearsr_platform.cluster.patience import STARTS, TELL_S, Patience
 from linearsr_platform.cluster.process_group import _join
 from linearsr_platform.errors import StageError
 
@@ -63,6 +63,17 @@ def test_a_wait_ends_in_time_and_one_after_workers_ran_has_as_long() -> None:
     wait.no_room(5)
     with pytest.raises(StageError, match=r"^found no room$"):
         wait.no_room(1)
+
+
+def test_of_a_long_wait_its_user_is_told_once() -> None:
+    now_s, told = [0.0], []
+    patience = Patience(3600.0, "found no room", tell=told.append, clock=lambda: now_s[0])
+    for _ in range(2):
+        for _ in range(30):
+            patience.look(InitializingState())
+            now_s[0] += POLL_S
+        patience.look(RunningState())
+    assert told == [TELL_S] * 2
 
 
 def test_a_wait_ends_in_time_also_if_nothing_is_tried() -> None:

@@ -21,8 +21,9 @@ from ray.train.v2.api.result import Result
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.cluster.capacity import Share, no_room, share_of_worker
+from linearsr_platform.cluster.capacity import Share, no_room, share_of_worker, still_waiting
 from linearsr_platform.cluster.controller import TrainController
+from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
 from linearsr_platform.cluster.patience import Patience
 from linearsr_platform.cluster.process_group import LateTorch
@@ -115,10 +116,15 @@ def _work(config: dict[str, Any]) -> None:
 
 def _trainer(job: TrainJob, cluster: ClusterConfig, storage_url: str, board: ProgressBoard, share: Share) -> DataParallelTrainer:
     threads, least = max(1, int(share.cpus)), job.train.min_workers
-    refusal = no_room(job.train.least_workers, share, cluster.queue_timeout_s)
+    limit_s, workers = cluster.queue_timeout_s, job.train.least_workers
+
+    def tell(waited_s: float) -> None:
+        text = still_waiting(workers, share, room_now(), waited_s=waited_s, limit_s=limit_s)
+        board.push(job.name, "message", 0, {}, {"text": text})
+
     return _LeanTrainer(
         _work,
-        patience=Patience(cluster.queue_timeout_s, refusal),
+        patience=Patience(limit_s, no_room(workers, share, limit_s), tell=tell),
         # The job by reference: Ray Train's own processes then need not import what is in it.
         train_loop_config={"job": ray.put(job), "board": board, "threads": threads, "checkpoints": checkpoints_url(storage_url, job)},
         backend_config=LateTorch("nccl" if share.gpus else "gloo"),
