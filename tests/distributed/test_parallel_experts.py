@@ -66,7 +66,7 @@ def test_trainers_for_which_there_is_no_memory_wait_and_one_that_wants_all_of_it
             source = ends[-1][0]
             left[source] = min(left.get(source, have), ray.available_resources().get("memory", 0.0))
 
-    jobs = [replace(toy_job(tmp_path, name, pause_s=0.1), memory_bytes=share * have) for name, share in (("one", 0.6), ("two", 3.0))]
+    jobs = [replace(toy_job(tmp_path, name, pause_s=0.1), memory_bytes={1: share * have}) for name, share in (("one", 0.6), ("two", 3.0))]
     assert [job_hash(job) for job in jobs] == [job_hash(replace(job, memory_bytes=None)) for job in jobs]
     for together in (jobs[:1] * 2, jobs[1:]):
         named = [replace(job, name=f"{job.name}-{index}", output_url=f"{job.output_url}-{index}") for index, job in enumerate(together)]

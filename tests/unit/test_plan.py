@@ -18,7 +18,7 @@ from autoencoders import write_autoencoder
 from linearsr.backbone import Backbone
 from linearsr.codec_memory import CodecMemory
 from linearsr_platform.cli.app import app
-from linearsr_platform.cluster.capacity import CLAMPED, Room, Share
+from linearsr_platform.cluster.capacity import CLAMPED, Room, Share, workers_and_share
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
 from linearsr_platform.stages.activations import measurer_bytes, network_size, training_size, worker_bytes
@@ -143,6 +143,32 @@ def test_an_elastic_trainer_is_planned_on_the_workers_that_have_room() -> None:
     assert workers == {1: 1, 2: 2, 9: 4}
 
 
+def test_an_elastic_trainer_has_as_many_workers_as_find_room_with_what_each_then_takes() -> None:
+    network = "model.backbone={width: 768, num_blocks: 12, caption_width: 32, num_cross_heads: 12}"
+    elastic = recipe(network, "pretrain.workers=4", "pretrain.batch_size=12", "pretrain.min_workers=1", "pretrain.zero.stage=2")
+    takes = worker_bytes(elastic, elastic.pretrain)
+    assert list(takes) == [1, 2, 3, 4]
+    assert list(takes.values()) == sorted(takes.values(), reverse=True)
+    found = {}
+    for memory in (4 * takes[4], 4 * takes[4] - 1e6, 2 * takes[2], takes[1], 0.5 * takes[1]):
+        plan = plan_run(elastic, [MachineConfig(cpus=4, memory_gb=memory / 1e9 + 1e-6)], {}, folder=FOLDER)
+        stage = plan.training[0]
+        found[stage.workers, stage.share.memory_bytes] = [problem for problem in plan.problems if problem.startswith("pretrain")]
+        # What a run finds too, which knows its machines only then.
+        room = Room(nodes=(Share(cpus=4, memory_bytes=memory + 1e3),))
+        assert workers_and_share({count: Share(cpus=1, memory_bytes=each) for count, each in takes.items()}, room)[0] == stage.workers
+    enough = {(workers, takes[workers]): [] for workers in (4, 3, 2, 1)}
+    assert found.items() >= enough.items()
+    (last,) = found.keys() - enough.keys()
+    assert last == (1, pytest.approx(CLAMPED * 0.5 * takes[1], rel=1e-3))
+    assert "1 workers of" in found[last][0]
+    # On a cluster that grows from nothing nobody knows what it will have: all of them.
+    assert workers_and_share({1: Share(cpus=1, memory_bytes=9e9), 4: Share(cpus=1, memory_bytes=3e9)}, Room(nodes=(Share(cpus=0),))) == (
+        4,
+        Share(cpus=1, memory_bytes=3e9),
+    )
+
+
 def test_experts_queue_where_not_all_have_room() -> None:
     known = {"experts": Pace(samples_per_s=100.0, source="given")}
     plans = [plan_run(recipe("experts.cpus_per_worker=1"), [MachineConfig(cpus=cpus)], known, folder=FOLDER) for cpus in (2, 4)]
@@ -256,7 +282,7 @@ def test_a_job_asks_for_the_memory_that_is_planned() -> None:
     loaded = recipe()
     planned = plan_run(loaded, [MachineConfig(cpus=4)], {}, folder=FOLDER)
     trains = (loaded.pretrain, loaded.experts.train, loaded.finetune.train)
-    assert [stage.share.memory_bytes for stage in planned.training] == [worker_bytes(loaded, train) for train in trains]
+    assert [stage.share.memory_bytes for stage in planned.training] == [worker_bytes(loaded, train)[train.workers] for train in trains]
     assert all(1e9 < stage.share.memory_bytes < 2e9 for stage in planned.training)
 
 

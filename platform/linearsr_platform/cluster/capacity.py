@@ -65,6 +65,24 @@ class Room:
         return next(smaller for memory in amounts if self.workers(smaller := replace(share, memory_bytes=memory)) >= workers)
 
 
+def workers_and_share(shares: Mapping[int, Share], room: Room) -> tuple[int, Share]:
+    """Return how many workers a trainer has that has all machines to itself, and what each of them reserves: as many as find room.
+
+    Where there is not even room for its fewest, `attainable` decides, because what they take is an estimate; and where there are no such
+    machines yet, it is to have all.
+
+    Args:
+        shares: of each worker, by how many they may be; the fewer they are, the more memory each may take.
+        room: of the cluster.
+    """
+    counts = sorted(shares, reverse=True)
+    found = next((count for count in counts if room.workers(shares[count]) >= count), None)
+    if found is not None:
+        return found, shares[found]
+    count = counts[-1] if room.workers(replace(shares[counts[0]], memory_bytes=0.0)) else counts[0]
+    return count, room.attainable(shares[count], count)
+
+
 def _times(node: Share, share: Share) -> int:
     """Return how many shares a machine has."""
     amounts = [(node.cpus, share.cpus), (node.memory_bytes, share.memory_bytes)]

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
-from linearsr_platform.cluster.capacity import Room, Share, fits, require_room, share_of_worker
+from linearsr_platform.cluster.capacity import Room, Share, fits, require_room, share_of_worker, workers_and_share
 from linearsr_platform.cluster.demand import Demand
 from linearsr_platform.cluster.record import finished_outcome, run_name
 from linearsr_platform.cluster.reservations import release_abandoned
@@ -91,13 +91,19 @@ def fit_all(
             if not keep_checkpoints:
                 storage.remove(storage.join(storage_url, run_name(job)))
     if queue:
-        room, least = room_now(), max(job.train.least_workers for job in queue)
-        memory = max(job.memory_bytes or 0.0 for job in queue)
-        share = room.attainable(share_of_worker(cluster, cpus=cpus_per_worker, memory_bytes=memory), least)
+        room = room_now()
+        share = max((_share(job, cluster, room, cpus_per_worker) for job in queue), key=lambda share: share.memory_bytes)
         if cluster.address is None:
             require_room({job.name: job.train.least_workers for job in queue}, share, room)
         _Fleet(cluster, share, room, storage_url, board, keep_checkpoints).run(queue, on_poll, results)
     return {job.name: results[job.name] for job in jobs}
+
+
+def _share(job: TrainJob, cluster: ClusterConfig, room: Room, cpus: float | None) -> Share:
+    """Return what each of a job's workers reserves."""
+    memory = job.memory_bytes or dict.fromkeys((job.train.least_workers, job.train.workers), 0.0)
+    shares = {workers: share_of_worker(cluster, cpus=cpus, memory_bytes=memory_bytes) for workers, memory_bytes in memory.items()}
+    return workers_and_share(shares, room)[1]
 
 
 class _Fleet:

@@ -76,4 +76,5 @@ def trial_training(train: TrainConfig) -> TrainConfig:
     # One worker has nobody to share parameters out to, and with stage 3 DeepSpeed keeps every engine of a process for ever.
     zero = train.zero.model_copy(update={"stage": min(train.zero.stage, 2)})
     accumulation = train.workers * train.accumulation
-    return train.model_copy(update={"workers": 1, "accumulation": accumulation, "max_seconds": None, "knee": knee, "zero": zero})
+    alone = {"workers": 1, "min_workers": None, "accumulation": accumulation}
+    return train.model_copy(update={**alone, "max_seconds": None, "knee": knee, "zero": zero})

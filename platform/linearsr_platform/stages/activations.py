@@ -50,14 +50,15 @@ class NetworkSize:
         )
 
 
-def worker_bytes(recipe: Recipe, train: TrainConfig) -> float:
-    """Return the host memory to keep for one worker of a training stage; see `Footprint.reserved_bytes`."""
+def worker_bytes(recipe: Recipe, train: TrainConfig) -> dict[int, float]:
+    """Return the host memory to keep for a worker of a training stage, by how many it has, from its fewest; see `reserved_bytes`."""
     gpu = recipe.cluster.gpus_per_worker > 0
+    trains = {workers: train.on_workers(workers) for workers in range(train.least_workers, train.workers + 1)}
     # In a thread, because a Ctrl-C may be lost here: the interpreter drops what is raised while a weak reference goes, and importing
     # diffusers and counting let go of thousands.
     with ThreadPoolExecutor(max_workers=1) as aside:
-        size = aside.submit(training_size, recipe, train).result()
-    return size.footprint(train, gpu=gpu).reserved_bytes(train.workers, gpu=gpu)
+        sizes = {workers: aside.submit(training_size, recipe, one).result() for workers, one in trains.items()}
+    return {workers: sizes[workers].footprint(one, gpu=gpu).reserved_bytes(workers, gpu=gpu) for workers, one in trains.items()}
 
 
 def measurer_bytes(recipe: Recipe, lr_size_px: tuple[int, int]) -> float:

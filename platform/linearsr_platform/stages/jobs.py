@@ -73,7 +73,7 @@ def make_job(
     statistics: LatentStatistics,
     split: str = "train",
     init_weights: str | None = None,
-    memory_bytes: float | None = None,
+    memory_bytes: Mapping[int, float] | None = None,
 ) -> TrainJob:
     """Describe one trainer: the network of `interval`, fed by `split`, writing below `url`/`name`; `memory_bytes` is `worker_bytes`'s."""
     recipe, model = context.recipe, model_config(context)

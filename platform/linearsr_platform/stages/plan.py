@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 
-from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, sharers_of_gpu, trials_at_once
+from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, sharers_of_gpu, trials_at_once, workers_and_share
 from linearsr_platform.data.sources import count_pictures
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import MachineConfig, Recipe
@@ -157,7 +157,7 @@ def _search_disk_bytes(search: SearchSection, parameters: int) -> float:
 
 def _trials(recipe: Recipe, search: SearchSection, machines: Sequence[MachineConfig], problems: list[str]) -> int:
     """Return how many trials run at once, by the search's own arithmetic; 0, with the reason among the problems, if not even one can."""
-    room, memory_bytes = _room(machines), worker_bytes(recipe, trial_training(recipe.experts.train))
+    room, (memory_bytes,) = _room(machines), worker_bytes(recipe, trial_training(recipe.experts.train)).values()
     share = room.attainable(share_of_worker(recipe.cluster, memory_bytes=memory_bytes), 1)
     try:
         return trials_at_once(share, room, wanted=search.max_concurrent)
@@ -176,13 +176,16 @@ def _plan_stage(
     pace: Pace | None,
     problems: list[str],
 ) -> TrainingPlan:
-    room, share = _room(machines), Share(cpus=own_cpus, gpus=recipe.cluster.gpus_per_worker)
+    room, gpu = _room(machines), recipe.cluster.gpus_per_worker > 0
+    shares = {
+        workers: share_of_worker(recipe.cluster, cpus=own_cpus, memory_bytes=memory_bytes)
+        for workers, memory_bytes in worker_bytes(recipe, train).items()
+    }
     # An elastic trainer starts with what there is room for.
-    train = train.on_workers(min(train.workers, max(train.least_workers, room.workers(share))))
-    size, gpu = training_size(recipe, train), share.gpus > 0
+    workers, share = workers_and_share(shares, room)
+    train = train.on_workers(workers)
+    size = training_size(recipe, train)
     memory = size.footprint(train, gpu=gpu)
-    kept = share_of_worker(recipe.cluster, cpus=own_cpus, memory_bytes=memory.reserved_bytes(train.workers, gpu=gpu))
-    share = room.attainable(kept, train.workers)
     at_once = _at_once(name, train, trainers, share, machines, memory, problems)
     cpus = sum(machine.count * machine.cpus for machine in machines)
     loop = train_seconds(train, pace or Pace(samples_per_s=None, source=""))

@@ -36,8 +36,8 @@ def trial_share(context: RunContext) -> Share:
     """
     recipe = context.recipe
     context.open_cluster()
-    share = share_of_worker(recipe.cluster, memory_bytes=worker_bytes(recipe, trial_training(recipe.experts.train)))
-    return room_now().attainable(share, 1)
+    (memory_bytes,) = worker_bytes(recipe, trial_training(recipe.experts.train)).values()
+    return room_now().attainable(share_of_worker(recipe.cluster, memory_bytes=memory_bytes), 1)
 
 
 def settings(context: RunContext) -> object:

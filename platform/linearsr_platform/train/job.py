@@ -1,5 +1,6 @@
 """What one trainer is to do, as plain picklable data. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
@@ -47,8 +48,9 @@ class TrainJob:
     cache: Annotated[ShardCacheConfig | None, Field(exclude=True)] = None
     """Where remote shards are kept on each machine; no part of the job's identity. None downloads one whenever it is opened."""
 
-    memory_bytes: Annotated[float | None, Field(exclude=True)] = None
-    """Host memory that one worker is thought to take, which Ray keeps for it; no part of the job's identity. None keeps none."""
+    memory_bytes: Annotated[Mapping[int, float] | None, Field(exclude=True)] = None
+    """Host memory that a worker is thought to take, which Ray keeps for it, by the number of workers that the trainer may have: fewer
+    take more each. No part of the job's identity. None keeps none."""
 
     rehearsal: Annotated[Rehearsal | None, Field(exclude=True)] = None
     """None trains in earnest; no part of the job's identity."""
