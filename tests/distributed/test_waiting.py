@@ -1,5 +1,7 @@
 """Trainers that wait for room, and one whose first start fails: the cluster's CPUs are given back, and nobody waits for ever."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -68,6 +70,28 @@ def test_an_elastic_trainer_without_room_gives_up_in_time(cluster, tmp_path: Pat
     assert result.message == (
         "elastic: found no room for 3 workers of 1 CPUs in 3 s; fix: wait for other work to end, or raise cluster.queue_timeout_s"
     )
+
+
+def test_an_elastic_trainer_that_was_killed_takes_the_place_of_its_former_self(cluster, tmp_path: Path) -> None:
+    """What it had asked for would count for three minutes, longer than it waits here."""
+    from toy_training import free_cpus, toy_job
+
+    before, killed, workers = controllers(), [], []
+
+    def kill(new) -> None:
+        workers.extend(event.values["workers"] for event in new if event.kind == "start")
+        if not killed and any(event.kind == "checkpoint" for event in new):
+            killed.extend(controllers() - before)
+            os.kill(killed[0], signal.SIGKILL)
+
+    impatient = cluster.model_copy(update={"queue_timeout_s": 60.0})
+    job, board = toy_job(tmp_path, "elastic", workers=2, min_workers=1, pause_s=0.2), ProgressBoard.start()
+    outcome = fit_all([job], impatient, storage_url=str(tmp_path / "ray"), board=board, on_poll=kill)["elastic"]
+    board.close()
+    assert not isinstance(outcome, TrainerFailure), outcome
+    assert workers == [2, 2]
+    assert outcome.steps == 20
+    assert free_cpus() == 2
 
 
 def test_looking_for_room_ends_in_time_and_keeps_nothing(cluster) -> None:

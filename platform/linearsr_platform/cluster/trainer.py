@@ -28,6 +28,7 @@ from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, 
 from linearsr_platform.cluster.patience import Patience
 from linearsr_platform.cluster.process_group import LateTorch
 from linearsr_platform.cluster.record import checkpoints_url, claim_folder, finished_outcome, run_name
+from linearsr_platform.cluster.scaling import scaling_policy
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 from linearsr_platform.train.outcome import TrainOutcome
@@ -79,7 +80,7 @@ class _LeanTrainer(DataParallelTrainer):
     """A `TorchTrainer` without two of its processes, of about 2 CPU seconds and 125 MB each, with torch in its workers alone.
 
     Ray Data's manager: batches do not come from Ray Data. The cleaner of reservations: `reservations` knows of more, and needs no process.
-    Its controller is that of `controller`.
+    Its controller is that of `controller`, and its scaling policy that of `scaling`.
     """
 
     def __init__(self, train: Callable[[dict[str, Any]], None], *, patience: Patience, **ray_train: Any) -> None:
@@ -99,6 +100,7 @@ class _LeanTrainer(DataParallelTrainer):
             label_selector={RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
             runtime_env={"env_vars": {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}},
         )(TrainController)
+        controller_init_kwargs["scaling_policy"] = scaling_policy(self.scaling_config)  # type: ignore[arg-type]
         controller = make.remote(patience=self._patience, **controller_init_kwargs)
         if threading.current_thread() is threading.main_thread():
             self._register_sigint_handler(controller)
