@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed" / "toy"))
 from toy_training import toy_cluster, toy_job
 
 from linearsr_platform.cluster.board import ProgressBoard
+from linearsr_platform.cluster.record import claim_folder
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
 
@@ -59,6 +60,7 @@ def start(job: TrainJob, cluster: ClusterConfig, folder: str, board: ProgressBoa
         made, trainer._trainer = trainer._trainer, torch_trainer
     from linearsr_platform.cluster.trainer import fit
 
+    claim_folder(job)
     fit(job, cluster, storage_url=f"{folder}/ray", board=board)
 
 

@@ -15,7 +15,7 @@ from linearsr.partition import bisection
 from linearsr_platform import storage
 from linearsr_platform.cluster import sweep
 from linearsr_platform.cluster.board import ProgressBoard
-from linearsr_platform.cluster.record import JOB_FILE, OUTCOME_FILE, job_hash
+from linearsr_platform.cluster.record import JOB_FILE, OUTCOME_FILE, claim_folder, job_hash
 from linearsr_platform.cluster.trainer import fit
 from linearsr_platform.cluster.warm import CHECKPOINTS, train_here
 from linearsr_platform.errors import StageError, UserError
@@ -127,8 +127,9 @@ def test_an_expert_trained_in_a_trial_is_the_one_that_a_real_trainer_makes(searc
     context, _ = searched
     plan = trial_plan(context)
     job = plan.jobs((0.6,), 12)[0]
-    board = ProgressBoard.start()
-    real = fit(replace(job, output_url=str(tmp_path / "real")), cluster, storage_url=str(tmp_path / "ray"), board=board)
+    board, job = ProgressBoard.start(), replace(job, output_url=str(tmp_path / "real"))
+    claim_folder(job)
+    real = fit(job, cluster, storage_url=str(tmp_path / "ray"), board=board)
     board.close()
     alone = [replace(plan.jobs((0.6,), steps)[0], output_url=str(tmp_path / f"warm-{steps}")) for steps in RUNGS]
     weights = storage.read_bytes(real.last_weights)

@@ -1,6 +1,7 @@
 """One trainer with two real workers: Ray Train, DeepSpeed ZeRO-2 over gloo, shards, checkpoints, outcome; and what is refused."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +196,26 @@ def test_an_elastic_trainer_starts_with_the_workers_that_there_is_room_for(clust
     assert not isinstance(outcome, TrainerFailure), outcome
     assert [event.values["workers"] for event in events if event.kind == "start"] == [2]
     assert outcome.steps == 20
+
+
+def test_a_worker_that_does_not_see_the_storage_says_so_instead_of_training(cluster, tmp_path: Path) -> None:
+    """As on a machine that joins a cluster later, which nobody has asked."""
+    from toy_training import toy_job
+
+    handle = os.open(tmp_path, os.O_RDONLY)
+    # A path that leads there in this process alone, as to a disk of one machine.
+    job = replace(toy_job(tmp_path, "lost"), output_url=f"/proc/self/fd/{handle}/out")
+    board, events = ProgressBoard.start(), []
+    try:
+        outcome = fit_all([job], cluster, storage_url=str(tmp_path / "ray"), board=board, on_poll=events.extend)["lost"]
+    finally:
+        os.close(handle)
+        board.close()
+    assert isinstance(outcome, TrainerFailure), outcome
+    assert outcome.by_user
+    assert re.match(rf"lost: storage: got '{job.output_url}', which \S+ \([0-9.]+\) of the cluster cannot see; expected a", outcome.message)
+    assert [event.kind for event in events] == ["end"]
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "job.json"]
 
 
 def test_a_trainer_that_can_never_start_is_refused_with_the_arithmetic(cluster, tmp_path: Path) -> None:

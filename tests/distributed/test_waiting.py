@@ -13,6 +13,7 @@ import ray
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.experts import TrainerFailure, fit_all
+from linearsr_platform.cluster.record import claim_folder
 from linearsr_platform.cluster.reservations import wait_for_room
 from linearsr_platform.cluster.trainer import fit
 from linearsr_platform.errors import StageError
@@ -46,6 +47,7 @@ def test_a_trainer_whose_worker_dies_while_the_group_meets_starts_anew_on_a_full
     board, events = ProgressBoard.start(), []
     job = toy_job(tmp_path, "unlucky", workers=2, max_failures=0)
     impatient = cluster.model_copy(update={"queue_timeout_s": 12.0})
+    claim_folder(job)
     # In a thread: in the main one Ray takes over Ctrl-C for good.
     with ThreadPoolExecutor(1) as thread:
         outcome = thread.submit(fit, job, impatient, storage_url=str(tmp_path / "ray"), board=board).result()

@@ -14,7 +14,7 @@ from linearsr_platform import storage
 from linearsr_platform.cluster.board import Event, ProgressBoard
 from linearsr_platform.cluster.capacity import Room, Share, fits, require_room, share_of_worker, workers_and_share
 from linearsr_platform.cluster.demand import Demand
-from linearsr_platform.cluster.record import finished_outcome, run_name
+from linearsr_platform.cluster.record import claim_folder, finished_outcome, run_name
 from linearsr_platform.cluster.reservations import release_abandoned
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.schema import ClusterConfig
@@ -85,6 +85,7 @@ def fit_all(
     for job in jobs:
         outcome = finished_outcome(job)
         if outcome is None:
+            claim_folder(job)
             queue.append(job)
         else:
             results[job.name] = outcome

@@ -35,7 +35,7 @@ def finished_outcome(job: TrainJob) -> TrainOutcome | None:
         StageError: if the outcome is there but not readable.
     """
     url = storage.join(job.output_url, OUTCOME_FILE)
-    if _recorded_hash(job) != job_hash(job) or not storage.exists(url):
+    if not is_claimed(job) or not storage.exists(url):
         return None
     try:
         return TrainOutcome.from_json(storage.read_json(url))
@@ -45,12 +45,13 @@ def finished_outcome(job: TrainJob) -> TrainOutcome | None:
 
 def claim_folder(job: TrainJob) -> None:
     """Make the job's folder its own: an outcome of another job goes."""
-    if _recorded_hash(job) != job_hash(job):
+    if not is_claimed(job):
         storage.remove(storage.join(job.output_url, OUTCOME_FILE))
         storage.write_json(storage.join(job.output_url, JOB_FILE), {"name": job.name, "hash": job_hash(job)})
 
 
-def _recorded_hash(job: TrainJob) -> object:
+def is_claimed(job: TrainJob) -> bool:
+    """Tell whether the job's folder is its own, as far as this process sees."""
     url = storage.join(job.output_url, JOB_FILE)
     record = storage.read_json(url) if storage.exists(url) else None
-    return record.get("hash") if isinstance(record, dict) else None
+    return isinstance(record, dict) and record.get("hash") == job_hash(job)

@@ -1,6 +1,8 @@
 """Whether all machines of a cluster see the same files."""
 
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -9,8 +11,10 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr_platform import storage
+from linearsr_platform.cluster.record import is_claimed
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import Recipe
+from linearsr_platform.train.job import TrainJob
 
 ANSWER_S = 60.0
 """How long machines get to say whether they see a file, s. Most of it is the start of a process; who is silent passes."""
@@ -22,7 +26,8 @@ POLL_S = 0.2
 def require_shared_files(recipe: Recipe) -> None:
     """Refuse a storage root, or weights, that are files of this machine alone, where workers would look for them in vain.
 
-    They have to be at the same path everywhere. Asked are the machines that the cluster has now and that workers can run on.
+    They have to be at the same path everywhere. Asked are the machines that the cluster has now and that workers can run on; for those
+    that come later, and to a cluster that grows from nothing all do, see `require_own_folder`.
 
     Args:
         recipe: complete; what it names in a store is not looked at.
@@ -48,11 +53,25 @@ def require_shared_files(recipe: Recipe) -> None:
     for key, (shown, path) in named.items():
         blind = sorted(_name(node) for node, unseen in zip(others, answers, strict=True) if path in unseen)
         if blind:
-            other = "a store: --set storage=s3://BUCKET/..." if key == "storage" else "a copy there"
-            raise UserError(
-                f"{key}: got {shown!r}, which {', '.join(blind)} of the cluster cannot see; expected a place that every machine sees; "
-                f"fix: a disk that all mount at this path, or {other}"
-            )
+            raise _not_shared(key, shown, ", ".join(blind))
+
+
+def require_own_folder(job: TrainJob) -> None:
+    """Refuse, in a worker, to train a job whose folder was claimed where this machine does not see it.
+
+    Raises:
+        UserError: naming folder and machine.
+    """
+    if storage.is_local(job.output_url) and not _appears(lambda: is_claimed(job)):
+        raise _not_shared("storage", job.output_url, f"{socket.gethostname()} ({ray.util.get_node_ip_address()})")  # type: ignore[no-untyped-call]
+
+
+def _not_shared(key: str, shown: str, blind: str) -> UserError:
+    other = "a store: --set storage=s3://BUCKET/..." if key == "storage" else "a copy there"
+    return UserError(
+        f"{key}: got {shown!r}, which {blind} of the cluster cannot see; expected a place that every machine sees; "
+        f"fix: a disk that all mount at this path, or {other}"
+    )
 
 
 def _weights(recipe: Recipe) -> dict[str, str]:
@@ -97,9 +116,15 @@ def _answer(reference: "ray.ObjectRef[list[str]]") -> list[str]:
 
 def _unseen(paths: list[str]) -> list[str]:
     """Run in a worker."""
+    _appears(lambda: all(Path(path).exists() for path in paths))
+    return [path for path in paths if not Path(path).exists()]
+
+
+def _appears(seen: Callable[[], bool]) -> bool:
+    """Tell whether something comes to be seen within `APPEAR_S`."""
     end = time.monotonic() + APPEAR_S
-    while unseen := [path for path in paths if not Path(path).exists()]:
+    while not seen():
         if time.monotonic() >= end:
-            break
+            return False
         time.sleep(POLL_S)
-    return unseen
+    return True

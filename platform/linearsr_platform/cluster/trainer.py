@@ -27,7 +27,7 @@ from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.failures import StopAtFinalError, TrainerFailed, explain
 from linearsr_platform.cluster.patience import Patience
 from linearsr_platform.cluster.process_group import LateTorch
-from linearsr_platform.cluster.record import checkpoints_url, claim_folder, finished_outcome, run_name
+from linearsr_platform.cluster.record import checkpoints_url, finished_outcome, run_name
 from linearsr_platform.cluster.scaling import scaling_policy
 from linearsr_platform.recipe.schema import ClusterConfig
 from linearsr_platform.train.job import TrainJob
@@ -45,7 +45,8 @@ def fit(
 ) -> TrainOutcome:
     """Train a job on the cluster and return its outcome; a finished job returns it at once, an interrupted one resumes.
 
-    Blocks, and takes over Ctrl-C while it does; `experts.fit_all` runs it in a Ray task instead.
+    Blocks, and takes over Ctrl-C while it does; `experts.fit_all` runs it in a Ray task instead. The job's folder has been claimed, in
+    a process that reads what comes of it.
 
     Args:
         job: what to do.
@@ -62,7 +63,6 @@ def fit(
     url = storage.join(storage_url, run_name(job))
     outcome = finished_outcome(job)
     if outcome is None:
-        claim_folder(job)
         trainer = _trainer(job, cluster, storage.absolute(storage_url), board, share or share_of_worker(cluster))
         try:
             trainer.fit()

@@ -17,6 +17,7 @@ from linearsr.knee import KneeDecision
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.gauges import MeteredBatches, MeteredObserver, TrainingGauges
 from linearsr_platform.cluster.rehearsal import RehearsedBatches
+from linearsr_platform.cluster.sight import require_own_folder
 from linearsr_platform.data.reader import CropReader, Lanes, Trace, caption_of, lanes_of, read_images
 from linearsr_platform.recipe.train_schema import ValidationConfig
 from linearsr_platform.scratch import remove_abandoned
@@ -35,7 +36,9 @@ def train_worker(config: dict[str, Any]) -> None:
     # Of workers before this one that were killed while they wrote a checkpoint.
     remove_abandoned()
     with _TracebackInNotes():
-        _train(ray.get(config["job"]), config["board"], config["checkpoints"])
+        job = ray.get(config["job"])
+        require_own_folder(job)
+        _train(job, config["board"], config["checkpoints"])
 
 
 def keep_mlflow_out() -> None:
