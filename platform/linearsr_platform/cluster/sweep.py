@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,27 +78,15 @@ def run_sweep(
         SweepLost: if a process was lost in a way that Tune has no answer to.
     """
     claims, demand = Claims.start(), Demand()
-
-    def ask(ended: int) -> None:
-        if grow:
-            demand.ask(share, min(concurrent, trials - ended))
-
+    wanted = _Wanted(demand, share, concurrent, trials) if grow else None
     try:
-        trainable = tune.with_parameters(BoundaryTrial, plan=plan, board=board, claims=claims)
+        teller = _Teller(observer, board, claims, wanted)
         tune.Tuner(
-            tune.with_resources(trainable, share.resources),
+            tune.with_resources(tune.with_parameters(BoundaryTrial, plan=plan, board=board, claims=claims), share.resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher, scheduler=scheduler, num_samples=trials, max_concurrent_trials=concurrent, reuse_actors=True
             ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=storage.absolute(storage_url),
-                # Trained experts are kept in the store; a trial itself has nothing to save.
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_Teller(observer, board, claims, ask)],
-                verbose=0,
-            ),
+            run_config=_run_config(storage_url, max_failures, teller),
         ).fit()
     except RayActorError as error:
         raise SweepLost("trials: lost a process that all of them report to") from error
@@ -113,11 +101,33 @@ def run_sweep(
         claims.close()
 
 
+def _run_config(storage_url: str, max_failures: int, teller: tune.Callback) -> tune.RunConfig:
+    return tune.RunConfig(
+        name="tune",
+        storage_path=storage.absolute(storage_url),
+        # Trained experts are kept in the store; a trial itself has nothing to save.
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+        failure_config=tune.FailureConfig(max_failures=max_failures),
+        callbacks=[teller],
+        verbose=0,
+    )
+
+
+class _Wanted:
+    """Keeps asking for room for all trials that may run at once, which are the fewer the more have ended."""
+
+    def __init__(self, demand: Demand, share: Share, concurrent: int, trials: int) -> None:
+        self._demand, self._share, self._concurrent, self._trials = demand, share, concurrent, trials
+
+    def ask(self, ended: int) -> None:
+        self._demand.ask(self._share, min(self._concurrent, self._trials - ended))
+
+
 class _Teller(tune.Callback):
     """Passes on what Tune says, and gives up the claims of trials that can no longer do so."""
 
-    def __init__(self, observer: SweepObserver, board: ProgressBoard, claims: Claims, ask: Callable[[int], None]) -> None:
-        self._observer, self._board, self._claims, self._ask = observer, board, claims, ask
+    def __init__(self, observer: SweepObserver, board: ProgressBoard, claims: Claims, wanted: _Wanted | None) -> None:
+        self._observer, self._board, self._claims, self._wanted = observer, board, claims, wanted
         self._polled_s = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +139,8 @@ class _Teller(tune.Callback):
         if now_s - self._polled_s >= POLL_S:
             self._polled_s = now_s
             self._observer.on_poll(self._board.drain())
-            self._ask(sum(trial.status in (Trial.TERMINATED, Trial.ERROR) for trial in trials))
+            if self._wanted is not None:
+                self._wanted.ask(sum(trial.status in (Trial.TERMINATED, Trial.ERROR) for trial in trials))
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._observer.on_start(trial.trial_id, trial.config)
