@@ -95,8 +95,11 @@ class Driver:
             "--set",
             f"cluster.address={address}",
         ]
+        # Where tests run in the background, Ctrl-C is ignored, and children would inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with (folder / "driver.log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AUTHENTICATION})
+        signal.signal(signal.SIGINT, before)
 
     def end(self, how: signal.Signals) -> None:
         """Send a signal and wait for the end."""

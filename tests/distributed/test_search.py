@@ -29,7 +29,6 @@ from linearsr_platform.stages.trials import ledger_of, trial_plan
 
 pytestmark = pytest.mark.ray
 TRIALS, RUNGS = 7, (6, 12)
-SMOKE = Path(__file__).parents[2] / "pipelines" / "smoke.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_checkpoints_stay_where_another_trial_may_go_on_from_them_and_the_rest_i
     assert reached
     assert stopped
     assert {path.parent.name for path in store.glob(f"*/{CHECKPOINTS}")} == stopped
-    planned = plan_run(context.recipe, [MachineConfig(cpus=2)], {}, folder=str(SMOKE.parent))
+    planned = plan_run(context.recipe, [MachineConfig(cpus=2)], {}, folder=str(folder))
     taken = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     assert planned.search_disk_bytes / 6 < taken < planned.search_disk_bytes
 
