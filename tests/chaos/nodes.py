@@ -1,14 +1,14 @@
 """A cluster of several nodes on this machine, which come and go while something runs on it."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ports import free_port
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -67,13 +67,6 @@ def homes() -> dict[str, list[int]]:
     for actor in list_actors(address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True):
         found.setdefault(actor.node_id, []).append(actor.pid)
     return found
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at now."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

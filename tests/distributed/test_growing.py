@@ -19,20 +19,27 @@ from toy_training import toy_job
 cluster, told = ClusterConfig(address=address, cpus_per_worker=1.0, queue_timeout_s=60.0), []
 with cluster_session(cluster):
     board = ProgressBoard.start()
-    jobs = [toy_job(folder, name, pause_s=0.8) for name in ("one", "two")]
+    jobs = [toy_job(folder, name, pause_s=0.8, task="MeetingToyTask", pids=True) for name in ("one", "two")]
     fit_all(jobs, cluster, storage_url=str(folder / "ray"), board=board, on_poll=told.extend)
     board.close()
 print(*[event.kind for event in told if event.kind in ("start", "end")])
 """
 TRIALS = """
+import threading, time
 from linearsr_platform.cluster.experts import machines
 from tiny_search import run_to, tiny_search
 
+def watch():
+    while True:
+        seen.append(sum(node.cpus for node in machines()))
+        time.sleep(0.5)
+
+seen = []
 with tiny_search(folder, {"cluster.address": address, "search.max_concurrent": 2, "search.trials": 2, "search.rungs": [6]}) as context:
     run_to(context, "profile")
-    print(sum(node.cpus for node in machines()))
+    threading.Thread(target=watch, daemon=True).start()
     run_to(context, "trials")
-    print(sum(node.cpus for node in machines()))
+    print(seen[0], max(seen))
 """
 NODES = """
 import time, ray
@@ -69,4 +76,4 @@ def test_experts_make_a_cluster_grow_until_all_of_them_train(cluster: Cluster, t
 
 
 def test_trials_make_a_cluster_grow_to_as_many_as_the_recipe_wants_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    assert told(TRIALS, cluster, tmp_path) == ["1.0", "2.0"]
+    assert told(TRIALS, cluster, tmp_path) == ["1.0 2.0"]

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from ports import free_ports
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 HEAD_ID = "f" * 51 + "00000"
@@ -25,16 +25,6 @@ class NodesHere(FakeMultiNodeProvider):
     def _create_node_with_resources_and_labels(self, node_config, tags, count, resources, labels):
         here = {name: amount for name, amount in resources.items() if name != "memory"}
         super()._create_node_with_resources_and_labels(node_config, tags, count, here, labels)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _autoscaling(address: str, nodes: int) -> dict[str, object]:
@@ -76,7 +66,7 @@ def growing_cluster(nodes: int) -> Iterator[tuple[str, dict[str, str]]]:
     Args:
         nodes: at most, beside the head.
     """
-    port, dashboard, client, agent, metrics = _free_ports(5)
+    port, dashboard, client, agent, metrics = free_ports(5)
     address = f"127.0.0.1:{port}"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     joining = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": path}

@@ -94,6 +94,16 @@ class QuietToyTask(ToyTask):
         return (module(batch["hr"]) - 2 * batch["hr"]).square().mean(), {}
 
 
+class MeetingToyTask(ToyTask):
+    """The same, but no step is done before another job's task has been made; it is waited for a minute at most."""
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator):
+        end = time.monotonic() + 60
+        while len(list(Path(self._config.pids).parent.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+        return super().loss(module, batch, generator)
+
+
 class ForgetfulToyTask(ToyTask):
     """The same with a loss that grows with every call in this process, which no checkpoint knows of."""
 
