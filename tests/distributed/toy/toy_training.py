@@ -97,9 +97,12 @@ class QuietToyTask(ToyTask):
 class MeetingToyTask(ToyTask):
     """The same, but no step is done before another job's task has been made; it is waited for a minute at most."""
 
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self._until_s = time.monotonic() + 60
+
     def loss(self, module: nn.Module, batch: dict[str, Tensor], generator: torch.Generator):
-        end = time.monotonic() + 60
-        while len(list(Path(self._config.pids).parent.iterdir())) < 2 and time.monotonic() < end:
+        while len(list(Path(self._config.pids).parent.iterdir())) < 2 and time.monotonic() < self._until_s:
             time.sleep(0.2)
         return super().loss(module, batch, generator)
 
