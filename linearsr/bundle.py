@@ -140,16 +140,9 @@ def load_bundle(folder: Path, *, codec_source: str | None = None) -> Bundle:
         BundleError: naming the file that is missing, foreign or changed, or both hashes of another codec.
     """
     manifest = Path(folder) / MANIFEST
+    content, digest = _content(manifest)
     try:
-        raw = manifest.read_bytes()
-        content = json.loads(raw)
-    except (OSError, RecursionError, ValueError) as error:
-        raise BundleError(f"{manifest}: expected a bundle's JSON: {error}; fix: name the folder that holds bundle.json") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise BundleError(f"{manifest}: format: got {got!r}; expected {FORMAT!r}; fix: assemble the bundle with this version")
-    try:
-        bundle = _parse(manifest.parent, content, hashlib.sha256(raw).hexdigest())
+        bundle = _parse(manifest.parent, content, digest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{manifest}: expected the fields of {FORMAT}: {error}; fix: assemble the bundle again") from error
     for name, expected in content["files"].items():
@@ -160,6 +153,17 @@ def load_bundle(folder: Path, *, codec_source: str | None = None) -> Bundle:
     if "text" in content:
         bundle = replace(bundle, text=_text(manifest, content["text"]))
     return _with_checked_codec(manifest, bundle, codec_source)
+
+
+def text_of(folder: Path) -> TextSource | None:
+    """Return the text encoder of the bundle in a folder; None if its network knows tags by id. Weights are not read.
+
+    Raises:
+        BundleError: if there is no bundle, or its text is damaged.
+    """
+    manifest = Path(folder) / MANIFEST
+    content, _ = _content(manifest)
+    return _text(manifest, content["text"]) if "text" in content else None
 
 
 def with_text_encoder(bundle: Bundle, folder: str) -> Bundle:
@@ -208,6 +212,19 @@ def _is_there(source: str) -> bool:
     except CodecError:
         return False
     return True
+
+
+def _content(manifest: Path) -> tuple[dict[str, Any], str]:
+    """Return what `bundle.json` says, and its SHA-256."""
+    try:
+        raw = manifest.read_bytes()
+        content = json.loads(raw)
+    except (OSError, RecursionError, ValueError) as error:
+        raise BundleError(f"{manifest}: expected a bundle's JSON: {error}; fix: name the folder that holds bundle.json") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise BundleError(f"{manifest}: format: got {got!r}; expected {FORMAT!r}; fix: assemble the bundle with this version")
+    return content, hashlib.sha256(raw).hexdigest()
 
 
 def _parse(folder: Path, content: Mapping[str, Any], digest: str) -> Bundle:

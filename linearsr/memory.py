@@ -267,6 +267,11 @@ class MemoryModel:
             f"({least.parts}); fix: a smaller picture{advice or ','} or --memory GB if more is there"
         )
 
+    def residency(self, lr_size_px: tuple[int, int], budget_bytes: int) -> Residency:
+        """Return how to hold the experts for a picture, (height, width), that is made whole: all of them if they fit then."""
+        tiling = whole(token_grid(*lr_size_px, self.config.lr_pixels_per_token))
+        return "all" if self._plan(tiling, "all", budget_bytes, "none").peak_bytes <= budget_bytes else "one"
+
     def largest_whole_px(self, budget_bytes: int, residency: Residency = "all") -> int:
         """Return the side of the largest square output, in pixels, that fits at once without a colour fix; 0 if none does."""
         room = budget_bytes - self.weights(residency)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linearsr.conditioning import TextEmbedding
@@ -176,6 +177,27 @@ def encoder_digest(config: TextEncoderConfig) -> str:
     files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.suffix in HASHED_SUFFIXES}
     settings = [config.kind, config.max_tokens, config.precision, config.instruction]
     return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
+
+
+def encoder_parameters(config: TextEncoderConfig) -> int:
+    """Return the parameters in an encoder's files, by their headers: all of a model of which the text part alone may be used.
+
+    Raises:
+        TextEncoderError: if a file of weights is damaged.
+    """
+    total = 0
+    for path in sorted(Path(config.folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise TextEncoderError(f"{path}: got a file that is not safetensors: {error}; fix: bring it again") from error
+    return total
+
+
+def encoder_bytes(config: TextEncoderConfig) -> int:
+    """Return the bytes of an encoder's weights as they are held, see `encoder_parameters`."""
+    return encoder_parameters(config) * DTYPES[config.precision].itemsize
 
 
 def _text_part(model: Any) -> Any:

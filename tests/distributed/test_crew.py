@@ -16,6 +16,7 @@ from linearsr_platform.cluster import shipping
 from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import LOSSES, RayCrew
 from linearsr_platform.cluster.experts import machines
+from linearsr_platform.cluster.preparing import RayExecutor
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.stages import evaluate
@@ -49,6 +50,16 @@ def test_no_more_work_at_once_than_there_is_memory_for(cluster: object, tmp_path
     # One that is asked for waits, and the first does all the same.
     assert len(dict(RayCrew(share, most=2).map_unordered(MakeSquarer(str(tmp_path)), numbers(6)))) == 6
     assert marks(tmp_path, "made") == 2
+    assert free_cpus() == CPUS
+
+
+def test_a_gpu_that_torch_does_not_find_is_an_error_and_no_slow_work(cluster: object, tmp_path: Path) -> None:
+    share, told = Share(cpus=1, gpus=1), r"workers: got GPU 0 of \S+ reserved, but torch \S+ finds no CUDA there; fix: the driver"
+    with pytest.raises(StageError, match=told):
+        list(RayCrew(share).map_unordered(MakeSquarer(str(tmp_path)), numbers(1)))
+    with pytest.raises(StageError, match=told):
+        list(RayExecutor(share).map_unordered(MakeSquarer(str(tmp_path))._square, numbers(1)))
+    assert list(tmp_path.iterdir()) == []
     assert free_cpus() == CPUS
 
 

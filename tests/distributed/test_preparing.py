@@ -14,7 +14,6 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import ray
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
@@ -22,6 +21,8 @@ from linearsr.codec_source import codec_digest
 from linearsr.config import CodecConfig
 from linearsr_platform import storage
 from linearsr_platform.cluster import preparing
+from linearsr_platform.cluster.capacity import Share
+from linearsr_platform.cluster.experts import machines
 from linearsr_platform.cluster.preparing import RayExecutor
 from linearsr_platform.data.executor import SerialExecutor
 from linearsr_platform.data.extras import LatentMaker
@@ -96,7 +97,7 @@ def test_ray_tasks_write_the_bytes_that_one_process_writes(cluster: object, s3: 
     latents = LatentMaker(CodecConfig(), codec_digest(CodecConfig()))
     make = partial(prepare, data, recipe_folder=".", latents=latents)
     serial = make(output_url=str(tmp_path / "serial"), choose=lambda count: SerialExecutor())
-    parallel = make(output_url="s3://photos/parallel", choose=lambda count: RayExecutor(s3))
+    parallel = make(output_url="s3://photos/parallel", choose=lambda count: RayExecutor(environment=s3))
     assert serial == parallel
     assert serial.counts["duplicates"] == 4 + 1 + 1
     assert serial.counts["train"] == 8 + 8 + 2 + 2
@@ -149,10 +150,26 @@ def test_machines_that_come_later_get_work_while_the_first_are_busy(
 ) -> None:
     monkeypatch.setattr(preparing, "IN_FLIGHT", 1)
     monkeypatch.setattr(preparing, "LOOK_S", 0.2)
-    resources = iter([{}, {"CPU": 1.0}])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: next(resources, {"CPU": 2.0}))
+    come = iter([(), (Share(cpus=1.0),)])
+    monkeypatch.setattr(preparing, "machines", lambda: next(come, (Share(cpus=2.0),)))
     pieces = [Piece(name, str(tmp_path)) for name in ("first", "second")]
     assert dict(RayExecutor().map_unordered(meet, pieces)) == {0: True, 1: True}
+
+
+def alone(piece: Piece) -> bool:
+    """Tell whether no other piece is under way at the same time."""
+    mark = Path(piece.folder, piece.name)
+    mark.touch()
+    time.sleep(0.5)
+    found = os.listdir(piece.folder) == [piece.name]
+    mark.unlink()
+    return found
+
+
+def test_pieces_that_take_most_of_the_memory_are_done_one_after_the_other(cluster: object, tmp_path: Path) -> None:
+    pieces = [Piece(name, str(tmp_path)) for name in ("first", "second", "third")]
+    share = Share(cpus=1.0, memory_bytes=0.6 * max(machine.memory_bytes for machine in machines()))
+    assert dict(RayExecutor(share).map_unordered(alone, pieces)) == dict.fromkeys(range(3), True)
 
 
 class Told:

@@ -153,7 +153,7 @@ def test_a_search_that_no_machine_has_room_for_is_refused_before_anything_is_pre
 
     # A recipe of eight CPUs, which the running cluster has not: what a recipe alone gives away is refused when it is read.
     changed = {"cluster.num_cpus": 8, "cluster.cpus_per_worker": 3}
-    told = r"got no room for a trial, which takes 3 CPUs and 1\.\d+ GB of memory on one machine, on a cluster whose machines have 2 CPUs "
+    told = r"got no room for a trial, which takes 3 CPUs and 1\.\d+ GB of memory on one machine, on a cluster whose machines have 2 CPUs, "
     with pytest.raises(UserError, match=told), tiny_search(tmp_path, changed) as context:
         run_search(context, redo_from=None, records=[])
     assert list((tmp_path / "runs").glob("tiny/*-*")) == []

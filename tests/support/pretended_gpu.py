@@ -119,10 +119,24 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     for name, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[name] = nn.Parameter(fn(parameter.data), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
     return module
 
 
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def _softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
     """Stand for a function that asks the driver which kernel to take."""
+    assert not dropout_p
+    assert not is_causal
+    assert scale in (None, query.shape[-1] ** -0.5)
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     return (scores if attn_mask is None else scores.masked_fill(~attn_mask, float("-inf"))).softmax(dim=-1) @ value

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from linearsr.bundle import save_bundle
-from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig
+from linearsr.config import BackboneConfig, CodecConfig, LatentStatistics, ModelConfig, SamplerConfig, TextSource
 from linearsr.model import SuperResolver
 
 TINY = ModelConfig(backbone=BackboneConfig(width=32, num_blocks=1, caption_width=8), prior="lr")
@@ -18,7 +18,7 @@ SMALLEST = ModelConfig(
 )
 
 
-def write_bundle(folder: Path, config: ModelConfig = TINY, *, noise: float = 0.0) -> Path:
+def write_bundle(folder: Path, config: ModelConfig = TINY, *, noise: float = 0.0, text: TextSource | None = None) -> Path:
     """Write one below a folder and return where; without noise in its weights a network adds nothing to the prior."""
     ones = (1.0,) * config.codec.latent_channels
     statistics = LatentStatistics(mean=(0.0,) * len(ones), std=ones, residual_std=(0.1,) * len(ones))
@@ -35,5 +35,6 @@ def write_bundle(folder: Path, config: ModelConfig = TINY, *, noise: float = 0.0
         sampler=SamplerConfig(num_steps=2, times=(1.0, 0.4)),
         expert_weights=[folder / "w.safetensors"] * 2,
         lineage={},
+        text=text,
     )
     return folder / "bundle"

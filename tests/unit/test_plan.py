@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -21,11 +22,11 @@ from linearsr_platform.cli.app import app
 from linearsr_platform.cluster.capacity import CLAMPED, Room, Share, workers_and_share
 from linearsr_platform.recipe.load import load_recipe
 from linearsr_platform.recipe.schema import MachineConfig
-from linearsr_platform.stages.activations import measurer_bytes, network_size, training_size, worker_bytes
+from linearsr_platform.stages.activations import network_size, training_size, worker_bytes
 from linearsr_platform.stages.context import StageResult
 from linearsr_platform.stages.pace import Pace, paces, train_seconds
 from linearsr_platform.stages.plan import plan_run
-from linearsr_platform.train.footprint import PROCESS_BYTES, checkpoint_bytes, footprint, snapshot_bytes
+from linearsr_platform.train.footprint import checkpoint_bytes, footprint, snapshot_bytes
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 GPUS = ("cluster.gpus_per_worker=1", "cluster.num_gpus=8")
@@ -195,14 +196,23 @@ def test_trials_at_once_are_those_of_the_search(overrides: tuple[str, ...], memo
     assert any("no room for a trial" in problem for problem in planned.problems) == (trials == 0)
 
 
-def test_a_measurer_keeps_all_experts_in_memory_and_a_whole_picture() -> None:
-    four, one = recipe(), recipe("experts.boundaries=[]")
-    weights = 4 * network_size(four.model, four.finetune.train).parameters
-    assert measurer_bytes(four, (64, 64)) - measurer_bytes(one, (64, 64)) == 3 * weights
-    # Twice as wide and high, and what a picture takes is four times as much, as everything in it grows linearly.
-    least, large, larger = (measurer_bytes(four, (side, side)) - PROCESS_BYTES - 4 * weights for side in (64, 256, 512))
-    assert 0 < least < large
-    assert larger == pytest.approx(4 * large, rel=0.1)
+def test_models_that_work_on_photographs_are_planned_where_they_take_long_or_gpus() -> None:
+    def planned(machine: MachineConfig, *overrides: str):
+        return plan_run(recipe(*overrides), [machine], {}, folder=FOLDER)
+
+    with_gpu, without = MachineConfig(cpus=8, gpus=2, memory_gb=64), MachineConfig(cpus=8, memory_gb=64)
+    assert planned(without).on_pictures == ()
+    (evaluate,) = planned(with_gpu, "cluster.num_gpus=2", "cluster.gpus_per_picture_worker=0.5").on_pictures
+    assert (evaluate.stage, evaluate.at_once, evaluate.share.cpus, evaluate.share.gpus) == ("evaluate", 4, 1, 0.5)
+    none = planned(without, "cluster.num_gpus=2", "cluster.gpus_per_picture_worker=0.5")
+    assert any(re.match(r"evaluate: a worker takes 1 CPUs, 0\.5 GPUs and .* have room for none", problem) for problem in none.problems)
+    paper = load_recipe(str(PIPELINES / "linearsr_x4.yaml"), None, ["data.sources={few: package://skimage/data}"]).recipe
+    whole = plan_run(paper, [without], {}, folder=FOLDER)
+    assert [one.stage for one in whole.on_pictures] == ["evaluate"]
+    # 14 GB hold all experts of 1.6 G parameters; a machine of 6 GB has room for one.
+    assert (whole.on_pictures[0].at_once, whole.encoder_counted) == (4, False)
+    (small,) = plan_run(paper, [MachineConfig(cpus=8, memory_gb=6)], {}, folder=FOLDER).on_pictures
+    assert small.share.memory_bytes < 6e9
 
 
 def test_photographs_are_those_that_table_and_limit_leave() -> None:

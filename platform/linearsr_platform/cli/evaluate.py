@@ -1,8 +1,8 @@
 """`linearsr evaluate`: measure pictures, or a model on LR pictures, under one or several protocols."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,13 +222,21 @@ def _measure(photographs: "list[PictureFiles]", make: "MakeMeasurer") -> "list[M
     from rich.console import Console
 
     from linearsr_platform.cli.progress import make_display
-    from linearsr_platform.stages.measured_set import measure_all
+    from linearsr_platform.stages.measured_set import measure_all, read_tags, tag_reading
+    from linearsr_platform.stages.measuring import Piece
+    from linearsr_platform.stages.pairs import largest_lr
+
+    make = replace(make, largest_lr_px=largest_lr(photographs))
+    reading = None if make.bundle_url is None else tag_reading(Path(make.bundle_url), make.text_encoder, make.device)
+
+    def read(left: Sequence[Piece]) -> Mapping[str, Any]:
+        return {} if reading is None else read_tags(left, reading, _crew)
 
     started_s = time.monotonic()
     with make_display(Console(stderr=True)) as display:
         display.stage_started("evaluate")
         display.task("evaluate", len(photographs), "pictures")
-        measured = measure_all(photographs, make, _crew, lambda done, total: display.update("evaluate", done, total))
+        measured = measure_all(photographs, make, _crew, lambda done, total: display.update("evaluate", done, total), read)
         display.stage_finished("evaluate", time.monotonic() - started_s, f"{len(measured)} pictures")
     return measured
 

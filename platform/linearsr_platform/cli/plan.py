@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from linearsr_platform.stages.plan import RunPlan, TrainingPlan
 
 TRAINING = ("pretrain", "experts", "finetune")
+CORE_FLOPS = 75e9
+"""Of a CPU core with AVX-512, by one thread: 68 to 84 GFLOP/s were measured of codec and network, see tests/benchmarks/README.md."""
 
 
 def plan(
@@ -155,8 +157,14 @@ def _totals(planned: "RunPlan") -> list[tuple[str, str]]:
     rows.append(("a worker", " or ".join(shares)))
     if not stage.codec_counted:
         rows.append(("codec", "the DC-AE is not here and not counted"))
+    if not planned.encoder_counted:
+        rows.append(("encoder", "the text encoder is not here and not counted"))
     rows.append(("disk", f"{planned.disk_bytes / 1e9:.3g} GB at most: checkpoints, averaged weights, bundle and its copy in the registry"))
     rows.append(("photographs", str(planned.pictures)))
+    for work in planned.on_pictures:
+        on_cpu = "" if work.share.gpus else f", {duration(work.flop / CORE_FLOPS)} of a CPU core"
+        each = f"{work.flop / 1e12:.3g} TFLOP for a photograph of a megapixel{on_cpu}"
+        rows.append((work.stage, f"{each}; {work.at_once} at once, {work.share} each"))
     if planned.trials_at_once is not None:
         disk = f"{planned.search_disk_bytes / 1e9:.3g} GB of disk at most for their experts, which stay"
         rows.append(("search", f"{planned.trials_at_once} trials at once, {disk}"))

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from linearsr_platform.cluster.capacity import Room, Share
+from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.experts import LOOK_S, machines
 from linearsr_platform.data.crew import Make
 from linearsr_platform.data.executor import P, R
@@ -80,9 +81,10 @@ class _Worker:
         """Answer, which shows that there was room."""
 
     def make(self, make: Make[Any, Any], threads: int) -> None:
-        """Make the function."""
+        """Make the function; refuse to do on a CPU what a GPU was reserved for."""
         import torch
 
+        own_device()
         torch.set_num_threads(threads)
         self._function = make()
 

@@ -7,23 +7,32 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from linearsr_platform.cluster.capacity import Room, Share
+from linearsr_platform.cluster.device import own_device
+from linearsr_platform.cluster.experts import machines
 from linearsr_platform.data.executor import P, R
 from linearsr_platform.errors import StageError, UserError
 
 IN_FLIGHT = 2
-"""Tasks a CPU of the cluster that are under way or wait: none idles, and what waits for the driver stays small."""
+"""Tasks that are under way or wait, for each that the cluster has room for: none idles, and what waits for the driver stays small."""
 LOOK_S = 5.0
-"""Between two looks at how many CPUs the cluster has."""
+"""Between two looks at how much room the cluster has."""
+ONE_CPU = Share(cpus=1.0)
 RETRIES = 5
 """Times that a task is done again whose worker or machine was lost."""
 
 
 class RayExecutor:
-    """Does pieces of work as Ray tasks, one CPU each, on the cluster that this process is connected to."""
+    """Does pieces of work as Ray tasks on the cluster that this process is connected to."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """Keep variables that the tasks' environment has beside the cluster's."""
-        self._environment = dict(environment or {})
+    def __init__(self, share: Share = ONE_CPU, *, environment: Mapping[str, str] | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            share: what each task reserves.
+            environment: variables that tasks have beside the cluster's.
+        """
+        self._share, self._environment = share, dict(environment or {})
 
     def map_unordered(self, function: Callable[[P], R], pieces: Sequence[P]) -> Iterator[tuple[int, R]]:
         """Yield (position, result) of every piece, as they come; those that are under way are stopped if the caller stops.
@@ -35,7 +44,10 @@ class RayExecutor:
         if not pieces:
             return
         more: dict[str, Any] = {"runtime_env": {"env_vars": self._environment}} if self._environment else {}
-        work: Any = ray.remote(num_cpus=1, max_retries=RETRIES, **more)(_apply)
+        share = self._share
+        work: Any = ray.remote(
+            num_cpus=share.cpus, num_gpus=share.gpus, memory=int(share.memory_bytes), max_retries=RETRIES, **more
+        )(_apply)  # fmt: skip
         shared = ray.put(function)
         waiting = iter(range(len(pieces)))
         under_way: dict[ray.ObjectRef[R], int] = {}
@@ -43,8 +55,8 @@ class RayExecutor:
         try:
             while True:
                 if time.monotonic() >= next_look_s:
-                    # Again and again: what waits makes a cluster grow, which may have no CPUs to begin with.
-                    limit, next_look_s = IN_FLIGHT * _cpus(), time.monotonic() + LOOK_S
+                    # Again and again: what waits makes a cluster grow, which may have no room to begin with.
+                    limit, next_look_s = IN_FLIGHT * max(1, Room(nodes=machines()).workers(share)), time.monotonic() + LOOK_S
                 while len(under_way) < limit and (position := next(waiting, None)) is not None:
                     under_way[work.remote(shared, pieces[position])] = position
                 if not under_way:
@@ -58,14 +70,9 @@ class RayExecutor:
                 ray.cancel(reference)
 
 
-def _cpus() -> int:
-    """Return the CPUs that the cluster has now, at least one."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return max(int(resources.get("CPU", 1)), 1)
-
-
 def _apply(function: Callable[[P], R], piece: P) -> R:
-    """Run in a worker."""
+    """Run in a worker; refuse to do on a CPU what a GPU was reserved for."""
+    own_device()
     return function(piece)
 
 

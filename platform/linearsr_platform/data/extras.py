@@ -30,6 +30,8 @@ class TextCache:
     encoder: TextEncoder
     known: dict[str, NDArray[np.float16]]
     """Embeddings (tokens, width) so far, by prompt."""
+    device: str = "cpu"
+    """Where who unpickles it has the encoder."""
 
     def embed(self, tags: Sequence[str], suffix: str = "") -> NDArray[np.float16]:
         """Return the embedding (tokens, width) of the prompt of tags, at inference with the encoder's suffix.
@@ -59,20 +61,20 @@ class TextCache:
         null = tuple(tuple(float(value) for value in token) for token in self.embed(()))
         return TextSource(encoder=self.config, digest=self.encoder.digest, null=null)
 
-    def __reduce__(self) -> tuple[object, tuple[TextEncoderConfig, str]]:
+    def __reduce__(self) -> tuple[object, tuple[TextEncoderConfig, str, str]]:
         """Travel without the weights."""
-        return _cache_of, (self.config, self.encoder.digest)
+        return _cache_of, (self.config, self.encoder.digest, self.device)
 
 
 @lru_cache(maxsize=1)
-def _cache_of(config: TextEncoderConfig, digest: str) -> TextCache:
+def _cache_of(config: TextEncoderConfig, digest: str, device: str) -> TextCache:
     """Load the encoder, once a process, and refuse another one than the driver has."""
-    encoder = make_encoder(config)
+    encoder = make_encoder(config, device)
     if encoder.digest != digest:
         raise StageError(
             f"{config.folder}: got an encoder of hash {encoder.digest}; expected {digest}, as the driver has; fix: copy it here"
         )
-    return TextCache(config, encoder, {})
+    return TextCache(config, encoder, {}, device)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ class LatentMaker:
     config: CodecConfig
     digest: str
     """`codec_digest(config)` of the driver."""
+    device: str = "cpu"
 
     def encode(self, pixels: Pixels) -> NDArray[np.float16]:
         """Return the latent (c, H // f, W // f) of a picture (H, W, 3), not normalised, that of its largest part at the upper left.
 
-        One picture gives the same bytes in every process: sums run in one thread.
+        On a CPU one picture gives the same bytes in every process: sums run in one thread.
 
         Raises:
             UserError: if it does not fit into float16.
@@ -94,7 +97,7 @@ class LatentMaker:
         """
         factor = self.config.factor
         height, width = (side // factor * factor for side in pixels.shape[:2])
-        part = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        part = torch.from_numpy(pixels[:height, :width].copy()).to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
         with one_thread(), torch.no_grad():
             latent = _codec_of(self.config, self.digest).encode(part)[0]
         values: NDArray[np.float16] = latent.half().cpu().numpy()

@@ -183,7 +183,7 @@ def _refuse_unseen(candidates: Sequence[Candidate], facts: Sequence[Mapping[str,
         if found.get("refused", "").startswith(f"{UNREADABLE}No such file") and storage.exists(candidate.url):
             raise StageError(
                 f"{candidate.url}: a worker of the cluster does not see it; expected sources that every machine sees; "
-                "fix: move it to shared storage, or raise data.parallel_from"
+                "fix: move it to shared storage, or raise data.parallel_from, if neither text encoder nor DC-AE has to work on them"
             )
 
 

@@ -30,6 +30,7 @@ def prepare(
     text: TextCache | None = None,
     latents: LatentMaker | None = None,
     choose: Choose = alone,
+    choose_writers: Choose | None = None,
 ) -> Manifest:
     """Check all photographs, then write `SPLIT/00000.tar` ... and, last, `manifest.json` into the folder `output_url`.
 
@@ -46,7 +47,8 @@ def prepare(
             for each worker.
         text: embeds the prompts of tags, for a network that reads them; None writes no embeddings.
         latents: encodes pictures; None writes no latents.
-        choose: who does the work, given the number of files; the result is the same, whoever does.
+        choose: who looks at the files, given their number; the result is the same, whoever does.
+        choose_writers: who writes the shards, for which `text` and `latents` are needed; None is who looks.
 
     Raises:
         UserError: if sources, tables or sizes do not allow a data set; no shard is written.
@@ -66,7 +68,7 @@ def prepare(
     storage.remove(storage.join(output_url, FILE))
     content = Content(config, text, latents)
     try:
-        written = _write(splits, content, output_url, min_shards, choose, report)
+        written = _write(splits, content, output_url, min_shards, choose_writers or choose, report)
     except PhotoChangedError:
         # What the inspections found out is no longer so, whatever the time of the file's change says.
         storage.remove(folder_of(output_url))

@@ -49,8 +49,9 @@ class DataConfig(Section):
     crops. Needs augmentation off, and the data prepared again for another codec."""
     parallel_from: Count = 256
     """With at least this many photographs they are prepared by Ray tasks of one CPU each, on the cluster that trains later. Fewer are
-    done by the driver alone, sooner than a cluster starts. It decides nothing about the result. Sources must be at places that every
-    machine of the cluster sees. As many held-out photographs are measured by workers of that cluster."""
+    done by the driver alone, sooner than a cluster starts, unless a text encoder or a DC-AE would take it minutes. It decides nothing
+    about the result. Sources must be at places that every machine of the cluster sees. As many held-out photographs, or fewer on which a
+    large bundle works long, are measured by workers of that cluster."""
 
     def identity(self) -> dict[str, object]:
         """Return, JSON-able, what decides the shards; of optional contents only those that are asked for."""

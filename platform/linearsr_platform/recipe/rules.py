@@ -270,11 +270,12 @@ def _rungs_can_go_on(recipe: Recipe) -> Iterator[Broken]:
 
 def _devices(recipe: Recipe) -> Iterator[Broken]:
     cluster = recipe.cluster
-    if cluster.address is None and cluster.gpus_per_worker > cluster.num_gpus:
-        rule = f"at most cluster.num_gpus, {cluster.num_gpus}, on a local cluster"
-        yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, rule)
-    if cluster.gpus_per_worker > 1 and cluster.gpus_per_worker % 1:
-        yield Broken("cluster.gpus_per_worker", cluster.gpus_per_worker, "a whole number above 1: Ray gives whole GPUs, or a part of one")
+    for name in ("gpus_per_worker", "gpus_per_picture_worker"):
+        gpus = getattr(cluster, name)
+        if cluster.address is None and gpus > cluster.num_gpus:
+            yield Broken(f"cluster.{name}", gpus, f"at most cluster.num_gpus, {cluster.num_gpus}, on a local cluster")
+        if gpus > 1 and gpus % 1:
+            yield Broken(f"cluster.{name}", gpus, "a whole number above 1: Ray gives whole GPUs, or a part of one")
     several = [where for where in TRAINING_STAGES if recipe.training_stage(where).workers > 1]
     if 0 < cluster.gpus_per_worker < 1 and several:
         rule = f"at least 1 where {several[0]}.workers is above 1: the workers of one trainer cannot share a GPU"

@@ -169,6 +169,9 @@ class ClusterConfig(Section):
     """GPUs of a local cluster."""
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NotNegative = 0.0
+    gpus_per_picture_worker: NotNegative = 0.0
+    """GPUs of a worker that prepares or measures photographs, where a text encoder, a DC-AE or the bundle works on them; a fraction lets
+    several share one. 0 is on CPUs, which give the same numbers on every machine; a GPU's differ from them by rounding."""
     memory_gb_per_worker: NotNegative | None = None
     """Host memory that Ray keeps for a worker, GB, so that no more train at once than there is memory for. Unset keeps what `linearsr plan`
     works out, or 95 % of a machine if that is less; 0 keeps none."""

@@ -10,14 +10,10 @@ from linearsr.backbone import Backbone
 from linearsr.codec_memory import CodecMemory
 from linearsr.codec_source import CodecError
 from linearsr.conditioning import TextEmbedding
-from linearsr.config import ModelConfig
-from linearsr.memory import MemoryModel
 from linearsr_platform.recipe.schema import ModelSection, Recipe
 from linearsr_platform.recipe.train_schema import TrainConfig
-from linearsr_platform.train.footprint import FLOAT32, PROCESS_BYTES, Footprint, footprint
+from linearsr_platform.train.footprint import Footprint, footprint
 
-ANY_BYTES = 2**62
-"""A budget that nothing exceeds."""
 TAGS = 100
 """Size of a vocabulary where the data has not been looked at: its embeddings are a small part of the parameters."""
 
@@ -59,31 +55,6 @@ def worker_bytes(recipe: Recipe, train: TrainConfig) -> dict[int, float]:
     with ThreadPoolExecutor(max_workers=1) as aside:
         sizes = {workers: aside.submit(training_size, recipe, one).result() for workers, one in trains.items()}
     return {workers: sizes[workers].footprint(one, gpu=gpu).reserved_bytes(workers, gpu=gpu) for workers, one in trains.items()}
-
-
-def measurer_bytes(recipe: Recipe, lr_size_px: tuple[int, int]) -> float:
-    """Return the host memory to keep for a worker that measures a run's bundle on a CPU: all experts, and one picture made whole.
-
-    Args:
-        recipe: of the run.
-        lr_size_px: (height, width) of the largest LR picture.
-    """
-    model, train = recipe.model, recipe.finetune.train
-    with ThreadPoolExecutor(max_workers=1) as aside:
-        parameters = aside.submit(network_size, model, train).result().parameters
-    try:
-        codec = CodecMemory.of(model.codec)
-    except CodecError:
-        codec = None
-    sizes = MemoryModel(
-        config=ModelConfig(scale=model.scale, codec=model.codec, backbone=model.resolved_backbone, flow=model.flow, prior=model.prior),
-        num_experts=len(recipe.experts.resolved_boundaries) + 1,
-        expert_parameters=parameters,
-        dtype_bytes=2 if train.precision == "bfloat16" else FLOAT32,
-        caption_tokens=1 + model.max_tags if model.text is None else model.text.max_tokens,
-        codec=codec,
-    )
-    return PROCESS_BYTES + sizes.plan(lr_size_px, ANY_BYTES, residency="all").peak_bytes
 
 
 def training_size(recipe: Recipe, train: TrainConfig) -> NetworkSize:

@@ -1,15 +1,15 @@
 """Stage `evaluate`: the bundle on the held-out photographs, beside bicubic, under each named protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import isfinite
 
 import numpy as np
 
+from linearsr.conditioning import TextEmbedding
 from linearsr.metrics import smallest_side
 from linearsr.protocols import PROTOCOLS
 from linearsr_platform import storage
-from linearsr_platform.cluster.capacity import share_of_worker
 from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.data.crew import Crew, SerialCrew
@@ -18,12 +18,22 @@ from linearsr_platform.data.manifest import Manifest
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.errors import UserError
 from linearsr_platform.registry.evaluation import ProtocolTable
-from linearsr_platform.stages.activations import measurer_bytes
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RecipeContext, RunContext, StageOutput
-from linearsr_platform.stages.measured_set import MakeMeasurer, check_names, check_request, measure_all, tables_of, tags_read, tags_told
-from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Request, save_png
-from linearsr_platform.stages.prepare import shards_of
+from linearsr_platform.stages.measured_set import (
+    MakeMeasurer,
+    MakeTagReading,
+    check_names,
+    check_request,
+    measure_all,
+    read_tags,
+    tables_of,
+    tags_read,
+    tags_told,
+)
+from linearsr_platform.stages.measuring import ROWS, Measured, Photograph, Piece, Request, save_png
+from linearsr_platform.stages.model_work import measuring_share, measuring_work, reading_work
+from linearsr_platform.stages.prepare import manifest_of, shards_of
 from linearsr_platform.tracking.runs import TrackedRun
 
 TEST_SET = "test_set"
@@ -47,17 +57,23 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
     """
     photographs, request = held_out(context), _request(context)
     _publish(context, url, photographs)
+    largest = _largest(photographs)
+    work = measuring_work(context.recipe, largest)
     make = MakeMeasurer(
         request=request,
         bundle_url=bundle_url(context),
+        largest_lr_px=largest,
+        part_of_device=min(1.0, work.gpus(context.recipe) or 1.0),
+        device=work.device(context.recipe),
         pictures_url=storage.join(url, "pictures"),
         results_url=storage.join(url, "measured"),
     )
     measured = measure_all(
         photographs,
         make,
-        lambda count: _crew(context, count, _largest(photographs)),
+        lambda count: _crew(context, count, largest),
         lambda done, total: context.display.update("evaluate", done, total),
+        lambda left: _read_tags(context, left),
     )
     degradation = asdict(context.recipe.degradation)
     how = comparable(scale=context.recipe.model.scale, degradation=degradation, seed=request.seed, measured=measured)
@@ -130,16 +146,30 @@ def held_out(context: RunContext) -> list[Photograph]:
 
 
 def _crew(context: RecipeContext, count: int, largest: tuple[int, int]) -> Crew:
-    """Return who measures that many photographs: workers of the cluster from `data.parallel_from` on.
+    """Return who measures that many photographs: workers of the cluster, where they are worth one.
 
-    They have CPUs alone: the numbers are made on one thread of one, so that they are the same wherever. As many work at once as there is
-    memory for the whole model in each, with a picture of the `largest` (height, width) of LR.
+    As many work at once as there is room for, with a picture of the `largest` (height, width) of LR in each.
     """
-    if count < context.recipe.data.parallel_from:
+    if not measuring_work(context.recipe, largest).wants_cluster(context.recipe, count):
         return SerialCrew()
     context.open_cluster()
-    share = share_of_worker(context.recipe.cluster, memory_bytes=measurer_bytes(context.recipe, largest))
-    return RayCrew(room_now().attainable(replace(share, gpus=0.0), 1))
+    return RayCrew(measuring_share(context.recipe, largest, room_now()))
+
+
+def _read_tags(context: RecipeContext, photographs: Sequence[Piece]) -> dict[str, TextEmbedding]:
+    """Return what a text encoder makes of photographs' tags, by prompt; nothing where the network learns its own embedding."""
+    recipe, text = context.recipe, manifest_of(context).text
+    if text is None:
+        return {}
+    work = reading_work(text.encoder)
+
+    def choose(count: int) -> Crew:
+        if not work.wants_cluster(recipe, count):
+            return SerialCrew()
+        context.open_cluster()
+        return RayCrew(work.share(recipe, room_now()))
+
+    return read_tags(photographs, MakeTagReading(text=text, device=work.device(recipe)), choose)
 
 
 def _largest(photographs: Sequence[Photograph]) -> tuple[int, int]:

@@ -1,23 +1,30 @@
 """Measure a whole test set: pictures go to a crew one by one, what is finished stays finished, and the numbers become tables."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from linearsr.bundle import BundleError
+from linearsr.bundle import BundleError, text_of
 from linearsr.codec_source import CodecError
+from linearsr.conditioning import TextEmbedding
+from linearsr.config import TagsConfig, TextSource
 from linearsr.frechet import check_enough, frechet_inception_distance
+from linearsr.memory import USABLE, MemoryModel, free_bytes
 from linearsr.metric_table import ARTEFACTS, metric_spec
 from linearsr.metrics import MetricError, find_weights, weights_digests
 from linearsr.protocols import PROTOCOLS
+from linearsr.residency import Residency
+from linearsr.tag_reader import TagReader
 from linearsr.text import TextEncoderError
 from linearsr.upscaler import Upscaler
 from linearsr_platform import storage
 from linearsr_platform.data.crew import Crew
+from linearsr_platform.data.extras import one_thread
 from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.registry.evaluation import ProtocolTable, by_metric
@@ -26,6 +33,8 @@ from linearsr_platform.stages.upscaling import device_here, open_bundle
 
 OnProgress = Callable[[int, int], None]
 """Called with the pictures that are done, and all."""
+Choose = Callable[[int], Crew]
+"""Returns who works on that many pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,13 @@ class MakeMeasurer:
     """Text encoder of a bundle that reads tags; None is where it was."""
     codec_tile: int | None = None
     """Latent positions along a side of the DC-AE's tiles; None takes the bundle's."""
+    prompts: Mapping[str, TextEmbedding] = field(default_factory=dict)
+    """Embeddings of prompts: what is among them needs no text encoder."""
+    largest_lr_px: tuple[int, int] | None = None
+    """(height, width) of the LR picture with the most pixels: one expert at a time is held where all and that picture do not fit into
+    what is free, which gives the same pictures. None holds all."""
+    part_of_device: float = 1.0
+    """Of the free memory that is this process's."""
     device: str = "cpu"
     pictures_url: str | None = None
     """Folder that gets every picture; None keeps none."""
@@ -70,13 +86,77 @@ class MakeMeasurer:
     def _upscaler(self) -> Upscaler | None:
         if self.bundle_url is None:
             return None
-        with storage.local_path(self.bundle_url) as folder:
-            return Upscaler(open_bundle(folder, self.codec_source, self.text_encoder, self.codec_tile), device=device_here(self.device))
+        device = device_here(self.device)
+        with ExitStack() as stack:
+            folder = stack.enter_context(storage.local_path(self.bundle_url))
+            bundle = open_bundle(folder, self.codec_source, self.text_encoder, self.codec_tile)
+            residency: Residency = "all"
+            if self.largest_lr_px is not None:
+                budget_bytes = int(free_bytes(device) * USABLE * self.part_of_device)
+                residency = MemoryModel.of(bundle, device.type).residency(self.largest_lr_px, budget_bytes)
+            reader = TagReader(bundle.config.tags, bundle.text, device, self.prompts)
+            upscaler = Upscaler(bundle, device=device, residency=residency, reader=reader)
+            if residency == "one":
+                # Its files are read again and again.
+                weakref.finalize(upscaler, stack.pop_all().close)
+            return upscaler
 
     def _keep(self, photograph: Photograph, row: str, picture: Pixels) -> None:
         assert self.pictures_url is not None  # noqa: S101 (only then it is called)
         with storage.atomic_file(storage.join(self.pictures_url, f"{photograph.name}-{row}.png")) as path:
             save_png(picture, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagged:
+    """Tags to read, of one photograph at least."""
+
+    name: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeTagReading:
+    """Makes what embeds the prompt of tags; picklable. Apart from measuring: a text encoder may be larger than all experts together."""
+
+    text: TextSource
+    device: str = "cpu"
+
+    def __call__(self) -> Callable[[Tagged], tuple[str, TextEmbedding] | None]:
+        """Return it; the encoder is loaded by the first tags."""
+        reader = TagReader(TagsConfig(encoder="text"), self.text, device_here(self.device))
+
+        def read(tagged: Tagged) -> tuple[str, TextEmbedding] | None:
+            with _told(tagged.name), one_thread():
+                return reader.embedding(tagged.tags)
+
+        return read
+
+
+def tag_reading(bundle: Path, text_encoder: str | None, device: str) -> MakeTagReading | None:
+    """Return what reads tags for the bundle in a folder, by its text encoder or the same in another folder; None if it needs none.
+
+    Raises:
+        UserError: if there is no bundle.
+    """
+    with _told():
+        text = text_of(bundle)
+    if text is None:
+        return None
+    encoder = text.encoder if text_encoder is None else replace(text.encoder, folder=text_encoder)
+    return MakeTagReading(text=replace(text, encoder=encoder), device=device)
+
+
+def read_tags(photographs: Sequence[Piece], make: MakeTagReading, choose: Choose) -> dict[str, TextEmbedding]:
+    """Return what a text encoder makes of the tags of photographs, by prompt; each prompt is read once, and the encoder let go.
+
+    Raises:
+        UserError: if the encoder is not there, or is another one.
+        StageError: if whoever read tags died.
+    """
+    every = {one.tags: Tagged(name=one.name, tags=one.tags) for one in photographs if one.tags}
+    found = choose(len(every)).map_unordered(make, list(every.values())) if every else iter(())
+    return dict(embedding for _, embedding in found if embedding is not None)
 
 
 def check_request(request: Request, count: int) -> None:
@@ -92,7 +172,13 @@ def check_request(request: Request, count: int) -> None:
                 check_enough(count)
 
 
-def measure_all(photographs: Sequence[Piece], make: MakeMeasurer, choose: Callable[[int], Crew], progress: OnProgress) -> list[Measured]:
+def measure_all(
+    photographs: Sequence[Piece],
+    make: MakeMeasurer,
+    choose: Choose,
+    progress: OnProgress,
+    read: Callable[[Sequence[Piece]], Mapping[str, TextEmbedding]] = lambda _: {},
+) -> list[Measured]:
     """Measure every photograph that was not measured yet; the result is in their order, whoever does what when.
 
     Args:
@@ -100,6 +186,7 @@ def measure_all(photographs: Sequence[Piece], make: MakeMeasurer, choose: Callab
         make: what a crew's processes call.
         choose: returns who works on that many photographs.
         progress: is told what is done.
+        read: embeds the prompts of photographs, before anything is measured; see `read_tags`. What it leaves out is read when it is needed.
 
     Raises:
         UserError: if a model or metric cannot be used, or a picture does not suit it.
@@ -111,8 +198,9 @@ def measure_all(photographs: Sequence[Piece], make: MakeMeasurer, choose: Callab
     done = len(photographs) - len(left)
     progress(done, len(photographs))
     if left:
-        crew = choose(len(left))
-        for position, measured in crew.map_unordered(make, [photographs[place] for place in left]):
+        pieces = [photographs[place] for place in left]
+        make = replace(make, prompts={**make.prompts, **read(pieces)})
+        for position, measured in choose(len(left)).map_unordered(make, pieces):
             found[left[position]] = measured
             done += 1
             progress(done, len(photographs))
@@ -210,8 +298,8 @@ def _told(name: str = "evaluate") -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        # All experts stay on the device, and a picture is made whole: others would not be the numbers of the protocol.
+        # A picture is made whole: others would not be the numbers of the protocol.
         fix = "--device cpu, smaller pictures, or a machine with more memory; what is finished is kept"
-        raise StageError(f"{name}: ran out of memory; expected enough for all experts and the whole picture; fix: {fix}") from error
+        raise StageError(f"{name}: ran out of memory; expected enough for an expert and the whole picture; fix: {fix}") from error
     except (MetricError, BundleError, CodecError, TextEncoderError) as error:
         raise UserError(str(error)) from error

@@ -77,6 +77,10 @@ class Piece(Protocol):
     def name(self) -> str:
         """Its name, which also stands in errors."""
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What a model is told of it."""
+
     def load(self) -> Photograph:
         """Return it with its pixels."""
         ...

@@ -1,6 +1,6 @@
 """Which pictures of several folders belong together: those of one name, and every folder has every name."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,6 +111,19 @@ def check_sizes(photographs: list[PictureFiles], scale: int | None) -> int | Non
             told = f"{_shown(full)} px, and {_shown(lr)} of {photograph.files['lr']}"
             raise UserError(f"{photograph.files[large[0]]}: got {told}; expected {scale} times the LR picture; fix: crop both alike")
     return scale
+
+
+def largest_lr(photographs: Sequence[PictureFiles]) -> tuple[int, int] | None:
+    """Return the (height, width) of the LR picture with the most pixels, by their headers; None without any.
+
+    Raises:
+        UserError: naming one that cannot be read.
+    """
+    sizes = [_size(one.files["lr"]) for one in photographs if "lr" in one.files]
+    if not sizes:
+        return None
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return height, width
 
 
 def _by_name(kind: Kind, folder: Path) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, inf, isqrt
 
 from linearsr_platform.cluster.capacity import Room, Share, share_of_worker, sharers_of_gpu, trials_at_once, workers_and_share
 from linearsr_platform.data.sources import count_pictures
@@ -11,6 +11,7 @@ from linearsr_platform.recipe.schema import MachineConfig, Recipe
 from linearsr_platform.recipe.search_schema import SearchSection, trial_training
 from linearsr_platform.recipe.train_schema import TrainConfig
 from linearsr_platform.stages.activations import training_size, worker_bytes
+from linearsr_platform.stages.model_work import ALONE_FLOP, PHOTOGRAPH_PX, measuring_share, measuring_work, preparing_work, reading_work
 from linearsr_platform.stages.pace import Pace, start_seconds, train_seconds
 from linearsr_platform.train.footprint import FLOAT32, STATE_COPIES, Footprint, checkpoint_bytes, snapshot_bytes
 
@@ -60,11 +61,28 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PicturePlan:
+    """A stage in which models work on one photograph after the other."""
+
+    stage: str
+    flop: float
+    """For a photograph of 1024 x 1024 px."""
+    share: Share
+    """Of a worker."""
+    at_once: int
+    """Workers that there is room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """A whole run."""
 
     machines: tuple[MachineConfig, ...]
     training: tuple[TrainingPlan, ...]
+    on_pictures: tuple[PicturePlan, ...]
+    """Those in which a photograph is more work than a process does alone, or for which GPUs are asked."""
+    encoder_counted: bool
+    """False for a text encoder that is not here."""
     other_s: Mapping[str, float]
     """Seconds of the stages that do not train, as far as they are known."""
     pictures: int
@@ -137,12 +155,30 @@ def plan_run(recipe: Recipe, machines: Sequence[MachineConfig], paces: Mapping[s
     return RunPlan(
         machines=tuple(machines),
         training=training,
+        on_pictures=_on_pictures(recipe, machines, problems),
+        encoder_counted=recipe.model.text is None or reading_work(recipe.model.text).flop > 0,
         other_s=other,
         pictures=pictures,
         trials_at_once=trials,
         search_disk_bytes=0.0 if recipe.search is None else _search_disk_bytes(recipe.search, training[0].parameters),
         problems=tuple(problems),
     )
+
+
+def _on_pictures(recipe: Recipe, machines: Sequence[MachineConfig], problems: list[str]) -> tuple[PicturePlan, ...]:
+    """Plan preparing and measuring where they take long; what no machine has room for is among the problems."""
+    room, side = _room(machines), isqrt(PHOTOGRAPH_PX) // recipe.model.scale
+    preparing, measuring = preparing_work(recipe), measuring_work(recipe, (side, side))
+    shares = {"prepare": preparing.share(recipe, room), "evaluate": measuring_share(recipe, (side, side), room)}
+    found = []
+    for stage, work in (("prepare", preparing), ("evaluate", measuring)):
+        if work.gpus(recipe) or work.flop > ALONE_FLOP:
+            found.append(PicturePlan(stage=stage, flop=work.flop, share=shares[stage], at_once=room.workers(shares[stage])))
+    for one in found:
+        if not one.at_once:
+            have = ", ".join(f"{machine.count} x {Share(cpus=machine.cpus, gpus=machine.gpus)}" for machine in machines)
+            problems.append(f"{one.stage}: a worker takes {one.share}, but the machines ({have}) have room for none")
+    return tuple(found)
 
 
 def _search_disk_bytes(search: SearchSection, parameters: int) -> float:

@@ -1,12 +1,14 @@
 """Stage `prepare`: photographs to checked shards."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import TextEncoderConfig
 from linearsr.text import TextEncoderError, encoder_digest, make_encoder
 from linearsr_platform import storage
-from linearsr_platform.cluster.preparing import RayExecutor
+from linearsr_platform.cluster.experts import room_now
+from linearsr_platform.cluster.preparing import ONE_CPU, RayExecutor
 from linearsr_platform.data.executor import Executor, SerialExecutor
 from linearsr_platform.data.extras import LatentMaker, TextCache
 from linearsr_platform.data.manifest import FILE as MANIFEST
@@ -16,6 +18,7 @@ from linearsr_platform.data.sources import Found, list_source
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.stages.context import RecipeContext, StageOutput, StageResult
+from linearsr_platform.stages.model_work import ModelWork, preparing_work
 from linearsr_platform.tracking.runs import TrackedRun
 
 NAME = "prepare"
@@ -92,26 +95,30 @@ def write_data(context: RecipeContext, url: str) -> Manifest:
             context.display.message(f"{kind}: {resumed}")
         context.display.update(kind.split()[0], done, total)
 
+    text = text_cache(context)
+    work = preparing_work(context.recipe)
+    device = work.device(context.recipe)
     manifest = prepare(
         config,
         recipe_folder=context.loaded.folder,
         output_url=url,
         on_progress=on_progress,
         min_shards=_most_workers(context),
-        text=text_cache(context),
-        latents=LatentMaker(context.codec, codec_digest(context.codec)) if config.latents else None,
-        choose=lambda count: _executor(context, count),
+        text=None if text is None else replace(text, device=device),
+        latents=LatentMaker(context.codec, codec_digest(context.codec), device) if config.latents else None,
+        choose=lambda count: _executor(context, count, work, writes=False),
+        choose_writers=lambda count: _executor(context, count, work, writes=True),
     )
     _refuse_too_few(context, manifest)
     return manifest
 
 
-def _executor(context: RecipeContext, count: int) -> Executor:
-    """Return who works on that many files: Ray's tasks from `data.parallel_from` on."""
-    if count < context.recipe.data.parallel_from:
+def _executor(context: RecipeContext, count: int, work: ModelWork, *, writes: bool) -> Executor:
+    """Return who works on that many files: Ray's tasks where they are worth a cluster. Only who writes shards has models."""
+    if not work.wants_cluster(context.recipe, count):
         return SerialExecutor()
     context.open_cluster()
-    return RayExecutor()
+    return RayExecutor(work.share(context.recipe, room_now()) if writes else ONE_CPU)
 
 
 def _summary(manifest: Manifest) -> str:
