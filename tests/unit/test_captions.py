@@ -107,11 +107,11 @@ def test_validation_reads_what_inference_knows() -> None:
 
 
 def test_only_the_last_embeddings_are_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = TextCache(encoder_config(folder), make_encoder(encoder_config(folder)), {})
+    cache = TextCache(encoder_config(folder), make_encoder(encoder_config(folder)))
     monkeypatch.setattr(extras, "KEPT_PROMPTS", 2)
     for tags in (["cat"], ["dog"], ["cat"], ["cup"]):
         assert np.array_equal(cache.embed(tags), cache.embed(tags))
-    assert list(cache.known) == ["cat", "cup"]
+    assert list(cache._known) == ["cat", "cup"]
 
 
 @pytest.mark.parametrize(("from_lr", "expected"), [(0.4, [3, 0]), (0.0, [1, 2])])
@@ -189,12 +189,12 @@ def encoder_config(folder: Path) -> TextEncoderConfig:
 @pytest.fixture(scope="module")
 def manifest(folder: Path, encoder: TextEncoder) -> Manifest:
     data = DataConfig.model_validate({"sources": {"mine": {"url": str(folder / "photos")}}, "validation_px": 32, "min_side_px": 32})
-    cache = TextCache(encoder_config(folder), encoder, {})
+    cache = TextCache(encoder_config(folder), encoder)
     return prepare(data, recipe_folder=".", output_url=str(folder / "shards"), text=cache)
 
 
 def test_a_cache_of_embeddings_travels_to_workers_without_its_weights(folder: Path, encoder: TextEncoder) -> None:
-    cache = TextCache(encoder_config(folder), encoder, {})
+    cache = TextCache(encoder_config(folder), encoder)
     packed = pickle.dumps(cache)
     assert len(packed) < 1000
     there = pickle.loads(packed)
@@ -280,7 +280,7 @@ def test_another_suffix_prepares_again_and_of_an_interrupted_run_keeps_what_it_d
     data = DataConfig.model_validate({"sources": {"mine": {"url": "photos"}}})
 
     def identity(suffix: str, split: str) -> list[object]:
-        return Content(data, TextCache(replace(encoder_config(folder), suffix=suffix), encoder, {})).identity(split)
+        return Content(data, TextCache(replace(encoder_config(folder), suffix=suffix), encoder)).identity(split)
 
     assert identity("clean", "train") == identity("", "train") == identity("", "validation")
     assert len({stable_hash(identity(suffix, "validation")) for suffix in ("", "clean", "clean, 8k")}) == 3
@@ -294,7 +294,7 @@ def test_a_recipe_names_the_encoder_and_its_width_must_fit(folder: Path, encoder
     text = f"model.text={{folder: {folder}/encoder, max_tokens: 12}}"
     cache = text_cache(context(text, "model.backbone.caption_width=384", "model.tags_from_lr=0.4"))
     assert cache is not None
-    assert cache.encoder.digest == encoder.digest
+    assert cache.digest == encoder.digest
     with pytest.raises(UserError, match=r"got an encoder of width 384; expected the backbone's caption_width, 32"):
         text_cache(context(text))
     with pytest.raises(UserError, match=r"model.text.folder"):

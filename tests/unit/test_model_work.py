@@ -67,7 +67,7 @@ def encoder(config: TextEncoderConfig) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def text(config: TextEncoderConfig, encoder: TextEncoder) -> TextSource:
-    return TextCache(config, encoder, {}).source
+    return TextCache(config, encoder).source
 
 
 def photographs() -> list[Photograph]:
@@ -200,6 +200,18 @@ def test_one_expert_at_a_time_is_held_where_all_do_not_fit_and_the_numbers_are_t
     assert found[0] == found[1] == found[2]
 
 
+def test_an_encoder_that_is_let_go_leaves_what_a_manifest_needs(config: TextEncoderConfig, text: TextSource) -> None:
+    loaded = make_encoder(config)
+    cache, gone = TextCache(config, loaded), weakref.ref(loaded)
+    cat = cache.embed(["cat"])
+    del loaded
+    cache.let_go()
+    assert gone() is None
+    assert cache.source == text
+    assert cache.embed(["cat"]) is cat
+    assert cache.embed(["cup"]).shape == cat.shape
+
+
 def test_a_gpu_embeds_and_encodes_what_a_cpu_does(tmp_path: Path, config: TextEncoderConfig, encoder: TextEncoder) -> None:
     codec = CodecConfig(kind="dc-ae", factor=32, source=str(write_autoencoder(tmp_path)))
     pixels = np.random.default_rng(0).integers(0, 256, (70, 96, 3), dtype=np.uint8)
@@ -208,9 +220,9 @@ def test_a_gpu_embeds_and_encodes_what_a_cpu_does(tmp_path: Path, config: TextEn
     with pretended_gpu("cuda") as gpu, torch.no_grad():
         found = replace(latents, device=str(gpu.device)).encode(pixels)
     np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=2e-3, atol=2e-3)
-    cache = TextCache(config, encoder, {}, "cuda")
+    cache = TextCache(config, encoder, "cuda")
     embedded = cache.embed(["cat"])
     with pretended_gpu("cuda"):
         there = pickle.loads(pickle.dumps(cache))
-        assert there.encoder.device.type == "cuda"
+        assert there._encoder.device.type == "cuda"
         np.testing.assert_allclose(there.embed(["cat"]).astype(float), embedded.astype(float), rtol=2e-3, atol=2e-3)

@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     source = {"mine": {"url": str(folder / "in"), "halve_jpeg": False}}
     changes = {"held_out": ("secret",), "latents": True, "keep_jpeg": True, "samples_per_shard": 3}
     data = DataConfig.model_validate({"sources": source, "validation_px": 24, "min_side_px": 24, **changes})
-    text = TextCache(TextEncoderConfig(folder="here", max_tokens=4, suffix="8k"), Encoder(), {})
+    text = TextCache(TextEncoderConfig(folder="here", max_tokens=4, suffix="8k"), Encoder())
     latents = LatentMaker(CodecConfig(), codec_digest(CodecConfig()))
     prepare(data, recipe_folder=".", output_url=str(folder / "out"), text=text, latents=latents)
     out = folder / "out"

@@ -22,16 +22,14 @@ KEPT_PROMPTS = 4096
 """Embeddings that are remembered, the last ones used: some 115 kB each of 25 tokens of Gemma-2, and most photographs have their own."""
 
 
-@dataclass(frozen=True)
 class TextCache:
     """Embeds prompts once each, as shards keep them. Pickled, it is only its config: who unpickles it loads the encoder."""
 
-    config: TextEncoderConfig
-    encoder: TextEncoder
-    known: dict[str, NDArray[np.float16]]
-    """Embeddings (tokens, width) so far, by prompt."""
-    device: str = "cpu"
-    """Where who unpickles it has the encoder."""
+    def __init__(self, config: TextEncoderConfig, encoder: TextEncoder, device: str = "cpu") -> None:
+        """Keep the loaded encoder of a config; `device` says where who unpickles the cache has it."""
+        self.config, self.digest, self._device = config, encoder.digest, device
+        self._encoder: TextEncoder | None = encoder
+        self._known: dict[str, NDArray[np.float16]] = {}
 
     def embed(self, tags: Sequence[str], suffix: str = "") -> NDArray[np.float16]:
         """Return the embedding (tokens, width) of the prompt of tags, at inference with the encoder's suffix.
@@ -40,41 +38,54 @@ class TextCache:
             UserError: if it does not fit into float16.
         """
         prompt = prompt_at_inference(tags, suffix)
-        if prompt not in self.known:
-            with one_thread():
-                embedding = self.encoder.encode([prompt])
-            values = embedding.values[0][embedding.mask[0]].half().numpy()
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"model.text.folder: got an embedding of {prompt!r} beyond 65504; expected an encoder that float16 can hold"
-                )
-            self.known[prompt] = values
+        if prompt not in self._known:
+            self._known[prompt] = self._embedding(prompt)
         else:
-            self.known[prompt] = self.known.pop(prompt)
-        while len(self.known) > KEPT_PROMPTS:
-            del self.known[next(iter(self.known))]
-        return self.known[prompt]
+            self._known[prompt] = self._known.pop(prompt)
+        while len(self._known) > KEPT_PROMPTS:
+            del self._known[next(iter(self._known))]
+        return self._known[prompt]
 
     @property
     def source(self) -> TextSource:
         """What a network must know of the embeddings."""
         null = tuple(tuple(float(value) for value in token) for token in self.embed(()))
-        return TextSource(encoder=self.config, digest=self.encoder.digest, null=null)
+        return TextSource(encoder=self.config, digest=self.digest, null=null)
+
+    def let_go(self) -> None:
+        """Forget the encoder, which may take gigabytes, where others embed prompts: what `source` needs is known then."""
+        self.embed(())
+        self._encoder = None
+
+    def _embedding(self, prompt: str) -> NDArray[np.float16]:
+        if self._encoder is None:
+            self._encoder = _encoder_of(self.config, self.digest, "cpu")
+        with one_thread():
+            embedding = self._encoder.encode([prompt])
+        values: NDArray[np.float16] = embedding.values[0][embedding.mask[0]].half().numpy()
+        if not np.isfinite(values).all():
+            raise UserError(f"model.text.folder: got an embedding of {prompt!r} beyond 65504; expected an encoder that float16 can hold")
+        return values
 
     def __reduce__(self) -> tuple[object, tuple[TextEncoderConfig, str, str]]:
         """Travel without the weights."""
-        return _cache_of, (self.config, self.encoder.digest, self.device)
+        return _cache_of, (self.config, self.digest, self._device)
 
 
 @lru_cache(maxsize=1)
 def _cache_of(config: TextEncoderConfig, digest: str, device: str) -> TextCache:
-    """Load the encoder, once a process, and refuse another one than the driver has."""
+    """Load the encoder, once a process."""
+    return TextCache(config, _encoder_of(config, digest, device), device)
+
+
+def _encoder_of(config: TextEncoderConfig, digest: str, device: str) -> TextEncoder:
+    """Load an encoder, and refuse another one than the driver has."""
     encoder = make_encoder(config, device)
     if encoder.digest != digest:
         raise StageError(
             f"{config.folder}: got an encoder of hash {encoder.digest}; expected {digest}, as the driver has; fix: copy it here"
         )
-    return TextCache(config, encoder, {}, device)
+    return encoder
 
 
 @dataclass(frozen=True)

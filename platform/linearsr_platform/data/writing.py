@@ -49,7 +49,7 @@ class Content:
 
     def identity(self, split: str) -> list[object]:
         """Return it as JSON."""
-        text = None if self.text is None else self.text.encoder.digest
+        text = None if self.text is None else self.text.digest
         latents = None if self.latents is None else self.latents.digest
         halved = {name: source.halve_jpeg for name, source in self.config.sources.items()}
         suffix = self.suffix(split)
@@ -150,7 +150,7 @@ def make_sample(cut: Cut, content: Content, split: str) -> Sample:
         meta["crop_box"] = list(cut.box)
     arrays: dict[str, NDArray[np.generic]] = {}
     if content.text is not None:
-        meta["text_encoder"] = content.text.encoder.digest
+        meta["text_encoder"] = content.text.digest
         suffix = content.suffix(split)
         if suffix:
             meta["text_suffix"] = suffix

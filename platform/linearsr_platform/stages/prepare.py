@@ -1,12 +1,12 @@
 """Stage `prepare`: photographs to checked shards."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from linearsr.codec_source import codec_digest
 from linearsr.config import TextEncoderConfig
 from linearsr.text import TextEncoderError, encoder_digest, make_encoder
 from linearsr_platform import storage
+from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.cluster.preparing import ONE_CPU, RayExecutor
 from linearsr_platform.data.executor import Executor, SerialExecutor
@@ -95,30 +95,40 @@ def write_data(context: RecipeContext, url: str) -> Manifest:
             context.display.message(f"{kind}: {resumed}")
         context.display.update(kind.split()[0], done, total)
 
-    text = text_cache(context)
     work = preparing_work(context.recipe)
     device = work.device(context.recipe)
+    text = text_cache(context, device)
     manifest = prepare(
         config,
         recipe_folder=context.loaded.folder,
         output_url=url,
         on_progress=on_progress,
         min_shards=_most_workers(context),
-        text=None if text is None else replace(text, device=device),
+        text=text,
         latents=LatentMaker(context.codec, codec_digest(context.codec), device) if config.latents else None,
-        choose=lambda count: _executor(context, count, work, writes=False),
-        choose_writers=lambda count: _executor(context, count, work, writes=True),
+        choose=lambda count: _executor(context, count, work, None, ONE_CPU),
+        choose_writers=lambda count: _executor(context, count, work, text),
     )
     _refuse_too_few(context, manifest)
     return manifest
 
 
-def _executor(context: RecipeContext, count: int, work: ModelWork, *, writes: bool) -> Executor:
-    """Return who works on that many files: Ray's tasks where they are worth a cluster. Only who writes shards has models."""
+def _executor(context: RecipeContext, count: int, work: ModelWork, text: TextCache | None, share: Share | None = None) -> Executor:
+    """Return who works on that many files: Ray's tasks where they are worth a cluster.
+
+    Args:
+        context: the recipe.
+        count: of photographs.
+        work: what models do with each of them.
+        text: the driver's own text encoder, which it does not need if others write shards.
+        share: of a task; None for one that has the models.
+    """
     if not work.wants_cluster(context.recipe, count):
         return SerialExecutor()
+    if text is not None:
+        text.let_go()
     context.open_cluster()
-    return RayExecutor(work.share(context.recipe, room_now()) if writes else ONE_CPU)
+    return RayExecutor(work.share(context.recipe, room_now()) if share is None else share)
 
 
 def _summary(manifest: Manifest) -> str:
@@ -128,8 +138,8 @@ def _summary(manifest: Manifest) -> str:
     return ", ".join([*parts, *(f"{count} {what}" for what, count in others.items() if count)])
 
 
-def text_cache(context: RecipeContext) -> TextCache | None:
-    """Return what embeds prompts, loaded; None for a network that learns its own embedding.
+def text_cache(context: RecipeContext, device: str = "cpu") -> TextCache | None:
+    """Return what embeds prompts, loaded, and on workers by `device`; None for a network that learns its own embedding.
 
     Raises:
         UserError: if the encoder cannot be loaded, or has another width than the network expects.
@@ -146,7 +156,7 @@ def text_cache(context: RecipeContext) -> TextCache | None:
         raise UserError(
             f"model.text: got an encoder of width {encoder.width}; expected the backbone's caption_width, {expected}; fix: set it"
         )
-    return TextCache(model.text, encoder, {})
+    return TextCache(model.text, encoder, device)
 
 
 def _digest(text: TextEncoderConfig) -> str:
