@@ -55,6 +55,13 @@ def test_zero_shares_out_what_its_stage_says(stage: int, precision: str, dtype: 
     on_gpu = footprint(recipe(*settings).pretrain, parameters=1000, activation_bytes=7, gpu=True)
     assert on_gpu.checkpoint_copy == 2**14 / shares[0]
     assert (memory.saving, on_gpu.saving) == (12000 - memory.gradients - 7, 12000)
+    # Gradients of this worker in one piece, of halves in float32 too; the bucket, no larger than the network; and what is gathered.
+    pieces, passing = (4 if dtype == 4 else 6) * 1000 / shares[0], (2 if stage == 3 else 1) * 1000 * dtype
+    assert memory.step == on_gpu.step == pieces + passing - 7
+    assert on_gpu.device_bytes(gpu=True) - on_gpu.step == sum((on_gpu.weights, on_gpu.gradients, on_gpu.optimizer, on_gpu.average, 7, 1e9))
+    # On a CPU it is not there while worker 0 saves, and the others have no more than it.
+    assert memory.host_bytes(gpu=False) == memory.model - memory.step + max(memory.step, memory.saving) + on_gpu.fixed + 48000 / shares[0]
+    assert memory.reserved_bytes(10**6, gpu=False) == pytest.approx(memory.model + memory.fixed + 48000 / shares[0], abs=600)
 
 
 def test_activations_are_those_of_a_real_forward() -> None:

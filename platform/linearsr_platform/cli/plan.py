@@ -116,18 +116,7 @@ def _show(planned: "RunPlan", *, gpu: bool) -> None:
         stages.add_row(*_row(stage))
     console.print(stages)
     memory = Table("worker takes, GB", *TRAINING, box=None, pad_edge=False)
-    for term in (
-        "weights",
-        "gradients",
-        "optimizer",
-        "average",
-        "activations",
-        "codec",
-        "restore_points",
-        "checkpoint_copy",
-        "saving",
-        "fixed",
-    ):
+    for term in _TERMS:
         memory.add_row(term.replace("_", " "), *(f"{getattr(stage.memory, term) / 1e9:.3g}" for stage in planned.training))
     where = "on the GPU" if gpu else "in all"
     memory.add_row(where, *(f"{stage.memory.device_bytes(gpu=gpu) / 1e9:.3g}" for stage in planned.training))
@@ -140,7 +129,8 @@ def _show(planned: "RunPlan", *, gpu: bool) -> None:
         typer.echo(f"{name:<12} {value}")
 
 
-_TERMS = ("weights", "gradients", "optimizer", "average", "activations", "codec", "restore_points", "checkpoint_copy", "saving", "fixed")
+_ON_DEVICE = ("weights", "gradients", "optimizer", "average", "activations", "codec", "step")
+_TERMS = (*_ON_DEVICE, "restore_points", "checkpoint_copy", "saving", "fixed")
 _ROWS = ("stage", "trainers", "at once", "workers", "crops", "at most", "by")
 
 

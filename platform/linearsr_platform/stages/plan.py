@@ -285,5 +285,5 @@ def _room(machines: Sequence[MachineConfig]) -> Room:
 
 
 def _terms(memory: Footprint) -> str:
-    terms = ("weights", "gradients", "optimizer", "average", "activations", "codec")
+    terms = ("weights", "gradients", "optimizer", "average", "activations", "codec", "step")
     return ", ".join(f"{term} {getattr(memory, term) / GIGA:.1f}" for term in terms)

@@ -4,8 +4,9 @@ from typing import Any
 
 from linearsr_platform.recipe.train_schema import TrainConfig
 
-MAX_BUCKET = 500_000_000
-"""DeepSpeed's own bucket for gradients, in elements."""
+BUCKET = 25_000_000
+"""Gradients that are reduced at once, in elements. DeepSpeed's own 500 M take 2 GB, or a whole smaller network a second time; with fewer
+a step of two workers and 200 M parameters took a fifth less CPU time, see tests/benchmarks/README.md."""
 
 
 def clips_itself(config: TrainConfig) -> bool:
@@ -21,10 +22,10 @@ def deepspeed_config(config: TrainConfig, num_parameters: int) -> dict[str, Any]
 
     Args:
         config: the training stage.
-        num_parameters: of the network. The bucket is made no larger, because DeepSpeed allocates it anew at every step.
+        num_parameters: of the network. The bucket is made no larger.
     """
     defaults: dict[str, Any] = {
-        "zero_optimization": {"reduce_bucket_size": min(MAX_BUCKET, num_parameters)},
+        "zero_optimization": {"reduce_bucket_size": min(BUCKET, num_parameters)},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},

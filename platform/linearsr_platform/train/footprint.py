@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from linearsr_platform.recipe.train_schema import TrainConfig
+from linearsr_platform.train.deepspeed_config import deepspeed_config
 
 FLOAT32 = 4
 MOMENTS = 2
@@ -24,6 +25,8 @@ TRAINER_BYTES = 0.5e9
 """Memory of the other processes of one trainer: what starts it, controller, synchronisation, its share of the autoscaler."""
 DEVICE_BYTES = 1.0e9
 """CUDA context, communication buffers and libraries' workspaces on a GPU."""
+LIVE = 10**9
+"""Parameters that ZeRO 3 has gathered at once, by DeepSpeed's default of `stage3_max_live_parameters`."""
 RESTORE_POINTS = 2
 """Kept by the guard in host memory; see `train.recovery.POINTS`."""
 SAVED_COPIES = 3
@@ -49,6 +52,9 @@ class Footprint:
     """Of the guard, in host memory."""
     checkpoint_copy: float
     """What a checkpoint is written from while training goes on, in host memory."""
+    step: float
+    """What an update holds beyond the activations, which are gone by then: this worker's gradients once more in one piece and in float32, a
+    bucket of them on their way to other workers, and with ZeRO 3 the weights of others."""
     saving: float
     """Of worker 0 alone, in host memory: what it saves after a validation. On a CPU without gradients and activations, which are gone
     then."""
@@ -58,23 +64,24 @@ class Footprint:
     @property
     def model(self) -> float:
         """All that is on the device that trains: what ZeRO may share out, activations, and the codec."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.codec
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.codec + self.step
 
     def device_bytes(self, *, gpu: bool) -> float:
         """Bytes on the device that trains; on a CPU that is host memory, of worker 0."""
-        return self.model + (DEVICE_BYTES if gpu else self._host)
+        return self.model + DEVICE_BYTES if gpu else self.host_bytes(gpu=False)
 
     def host_bytes(self, *, gpu: bool) -> float:
         """Bytes in host memory, of worker 0."""
-        return self._host + (0.0 if gpu else self.model)
+        return self._host_bytes(self.saving, gpu=gpu)
 
     def reserved_bytes(self, workers: int, *, gpu: bool) -> float:
         """Host memory that each of a trainer's workers reserves: its own, and its part of what worker 0 saves and of other processes."""
-        return self.host_bytes(gpu=gpu) - self.saving + (self.saving + TRAINER_BYTES) / workers
+        return self._host_bytes(self.saving / workers, gpu=gpu) + TRAINER_BYTES / workers
 
-    @property
-    def _host(self) -> float:
-        return self.restore_points + self.checkpoint_copy + self.saving + self.fixed
+    def _host_bytes(self, saving: float, *, gpu: bool) -> float:
+        # Where the host trains, it takes no step while it saves.
+        working = saving if gpu else self.model - self.step + max(self.step, saving)
+        return self.restore_points + self.checkpoint_copy + self.fixed + working
 
 
 def footprint(
@@ -104,6 +111,10 @@ def footprint(
     owned = parameters / shared_optimizer
     state = owned * FLOAT32 * STATE_COPIES
     gradients = parameters * dtype / shared_gradients
+    zero = deepspeed_config(train, parameters)["zero_optimization"]
+    passing = zero["reduce_bucket_size"] + (min(parameters, zero.get("stage3_max_live_parameters", LIVE)) if stage == 3 else 0)
+    # In one piece, and where that is no float32 once more.
+    step = owned * (FLOAT32 + (dtype if dtype != FLOAT32 else 0)) + passing * dtype
     saved = SAVED_COPIES * FLOAT32 * float(parameters)
     return Footprint(
         weights=parameters * dtype / shared_weights,
@@ -115,6 +126,7 @@ def footprint(
         restore_points=RESTORE_POINTS * state if train.guard.enabled else 0.0,
         # Torch takes pinned memory in powers of two.
         checkpoint_copy=float(2 ** ceil(log2(state))) if gpu else state,
+        step=max(0.0, step - activation_bytes),
         saving=saved if gpu else max(0.0, saved - gradients - activation_bytes),
         fixed=PROCESS_BYTES + READER_BYTES + train.loader_workers * LOADER_BYTES,
     )
