@@ -172,6 +172,17 @@ def test_pieces_that_take_most_of_the_memory_are_done_one_after_the_other(cluste
     assert dict(RayExecutor(share).map_unordered(alone, pieces)) == dict.fromkeys(range(3), True)
 
 
+def test_work_that_no_machine_has_room_for_says_so_and_is_taken_back(
+    cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "LOOK_S", 0.2)
+    with pytest.raises(
+        StageError, match=r"^workers: got no room for one of 1 CPUs and 8 GPUs in 0\.5 s; expected room on a cluster of 2 CPUs"
+    ):
+        list(RayExecutor(Share(cpus=1.0, gpus=8.0), patience_s=0.5).map_unordered(alone, [Piece("never", str(tmp_path))]))
+    assert os.listdir(tmp_path) == []
+
+
 class Told:
     """A display that keeps what it is told."""
 

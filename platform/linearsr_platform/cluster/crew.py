@@ -222,11 +222,16 @@ class _Shift(Generic[P, R]):
         """Raise if nobody has a place, and has not had for too long."""
         nobody = not self._idle and all(doing.what == "begin" for doing in self._under_way.values())
         if nobody and time.monotonic() - self._heard_s > self._patience_s:
-            has = ", ".join(str(node) for node in machines()) or "no machine"
-            raise StageError(
-                f"workers: got no room for one of {self._share} in {self._patience_s:g} s; expected room on a cluster of {has}; "
-                "fix: smaller workers, or wait until others have left the cluster"
-            )
+            raise no_place(self._share, self._patience_s)
+
+
+def no_place(share: Share, waited_s: float) -> StageError:
+    """Return what to raise when not even one worker has found room on the cluster."""
+    has = ", ".join(str(node) for node in machines()) or "no machine"
+    return StageError(
+        f"workers: got no room for one of {share} in {waited_s:g} s; expected room on a cluster of {has}; "
+        "fix: smaller workers, wait until others have left the cluster, or raise cluster.queue_timeout_s if machines may still come"
+    )
 
 
 def _reason(error: RayError) -> str:

@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from linearsr_platform.cluster.capacity import Room, Share
+from linearsr_platform.cluster.crew import no_place
 from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.experts import machines
 from linearsr_platform.data.executor import P, R
@@ -25,21 +26,22 @@ RETRIES = 5
 class RayExecutor:
     """Does pieces of work as Ray tasks on the cluster that this process is connected to."""
 
-    def __init__(self, share: Share = ONE_CPU, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, share: Share = ONE_CPU, *, environment: Mapping[str, str] | None = None, patience_s: float = 600.0) -> None:
         """Start nothing yet.
 
         Args:
             share: what each task reserves.
             environment: variables that tasks have beside the cluster's.
+            patience_s: how long to wait for a machine that has room for one.
         """
-        self._share, self._environment = share, dict(environment or {})
+        self._share, self._environment, self._patience_s = share, dict(environment or {}), patience_s
 
     def map_unordered(self, function: Callable[[P], R], pieces: Sequence[P]) -> Iterator[tuple[int, R]]:
         """Yield (position, result) of every piece, as they come; those that are under way are stopped if the caller stops.
 
         Raises:
             UserError: as the function does.
-            StageError: as the function does, or naming the piece whose task broke down in another way.
+            StageError: as the function does, or naming the piece whose task broke down in another way; also if no machine has room.
         """
         if not pieces:
             return
@@ -51,12 +53,15 @@ class RayExecutor:
         shared = ray.put(function)
         waiting = iter(range(len(pieces)))
         under_way: dict[ray.ObjectRef[R], int] = {}
-        limit, next_look_s = 0, float("-inf")
+        limit, next_look_s, had_room_s = 0, float("-inf"), time.monotonic()
         try:
             while True:
-                if time.monotonic() >= next_look_s:
+                if (now_s := time.monotonic()) >= next_look_s:
                     # Again and again: what waits makes a cluster grow, which may have no room to begin with.
-                    limit, next_look_s = IN_FLIGHT * max(1, Room(nodes=machines()).workers(share)), time.monotonic() + LOOK_S
+                    room = Room(nodes=machines()).workers(share)
+                    limit, next_look_s, had_room_s = IN_FLIGHT * max(1, room), now_s + LOOK_S, now_s if room else had_room_s
+                    if now_s - had_room_s > self._patience_s:
+                        raise no_place(share, self._patience_s)
                 while len(under_way) < limit and (position := next(waiting, None)) is not None:
                     under_way[work.remote(shared, pieces[position])] = position
                 if not under_way:

@@ -5,7 +5,7 @@ import logging
 import ray
 from ray._private.state import state
 from ray._raylet import ActorID, PlacementGroupID
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from linearsr_platform.cluster.capacity import Share, no_room
@@ -48,11 +48,20 @@ def release_abandoned() -> int:
     for raw in state._connect_and_get_accessor().get_placement_group_table():  # noqa: SLF001 (its public form leaves the creator out)
         group = PlacementGroupTableData.FromString(raw)
         held = PlacementGroupTableData.PlacementGroupState.Name(group.state) in HELD
-        # What no actor has reserved, but the driver or a task, counts as reserved by a dead one.
-        by_actor = bool(group.creator_actor_id) and not ActorID(group.creator_actor_id).is_nil()
-        if held and by_actor and group.creator_actor_dead and not group.is_detached and group.creator_job_id == job:
+        if held and not group.is_detached and group.creator_job_id == job and _by_dead_actor(group):
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             released += 1
     if released:
         logger.info("gave back %d reservations of processes that were lost", released)
     return released
+
+
+def _by_dead_actor(group: PlacementGroupTableData) -> bool:
+    # What no actor has reserved, but the driver or a task, counts as reserved by a dead one.
+    if not group.creator_actor_id or ActorID(group.creator_actor_id).is_nil():
+        return False
+    if group.creator_actor_dead:
+        return True
+    # Ray may miss that when it kills an actor whose owner was lost.
+    found = state._connect_and_get_accessor().get_actor_info(ActorID(group.creator_actor_id))  # noqa: SLF001 (as above)
+    return found is None or ActorTableData.FromString(found).state == ActorTableData.DEAD

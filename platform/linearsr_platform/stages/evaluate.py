@@ -10,6 +10,7 @@ from linearsr.conditioning import TextEmbedding
 from linearsr.metrics import smallest_side
 from linearsr.protocols import PROTOCOLS
 from linearsr_platform import storage
+from linearsr_platform.cluster.capacity import Share
 from linearsr_platform.cluster.crew import RayCrew
 from linearsr_platform.cluster.experts import room_now
 from linearsr_platform.data.crew import Crew, SerialCrew
@@ -17,6 +18,7 @@ from linearsr_platform.data.degraded import lr_image
 from linearsr_platform.data.manifest import Manifest
 from linearsr_platform.data.reader import read_images
 from linearsr_platform.errors import UserError
+from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.registry.evaluation import ProtocolTable
 from linearsr_platform.stages.assemble import bundle_url
 from linearsr_platform.stages.context import RecipeContext, RunContext, StageOutput
@@ -153,7 +155,11 @@ def _crew(context: RecipeContext, count: int, largest: tuple[int, int]) -> Crew:
     if not measuring_work(context.recipe, largest).wants_cluster(context.recipe, count):
         return SerialCrew()
     context.open_cluster()
-    return RayCrew(measuring_share(context.recipe, largest, room_now()))
+    return _workers(context.recipe, measuring_share(context.recipe, largest, room_now()))
+
+
+def _workers(recipe: Recipe, share: Share) -> RayCrew:
+    return RayCrew(share, patience_s=recipe.cluster.queue_timeout_s)
 
 
 def _read_tags(context: RecipeContext, photographs: Sequence[Piece]) -> dict[str, TextEmbedding]:
@@ -167,7 +173,7 @@ def _read_tags(context: RecipeContext, photographs: Sequence[Piece]) -> dict[str
         if not work.wants_cluster(recipe, count):
             return SerialCrew()
         context.open_cluster()
-        return RayCrew(work.share(recipe, room_now()))
+        return _workers(recipe, work.share(recipe, room_now()))
 
     return read_tags(photographs, MakeTagReading(text=text, device=work.device(recipe)), choose)
 

@@ -128,7 +128,8 @@ def _executor(context: RecipeContext, count: int, work: ModelWork, text: TextCac
     if text is not None:
         text.let_go()
     context.open_cluster()
-    return RayExecutor(work.share(context.recipe, room_now()) if share is None else share)
+    chosen = work.share(context.recipe, room_now()) if share is None else share
+    return RayExecutor(chosen, patience_s=context.recipe.cluster.queue_timeout_s)
 
 
 def _summary(manifest: Manifest) -> str:
