@@ -24,7 +24,8 @@ ANY_BYTES = 2**62
 ALONE_FLOP = 1e13
 """As much as one process does alone: it takes a CPU core two minutes and more, where workers take a quarter of one to start."""
 DC_AE_FLOP = 8.0e6
-"""Of SANA's DC-AE for a pixel, either way: 8.4 TFLOP for 1024 x 1024 px, see tests/benchmarks/README.md."""
+"""Of decoding a pixel by SANA's DC-AE: 8.4 TFLOP for 1024 x 1024 px, see tests/benchmarks/README.md. Encoding, which was not counted, is
+taken to be as much."""
 PHOTOGRAPH_PX = 1024**2
 """Of a photograph that nobody has looked at yet."""
 
