@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from linearsr.forward_only import folded_attention, folding_pays, works_forward_only
 from linearsr.fused import relu_attention
+from linearsr.kernels import UsesKernels
 from linearsr.linear import LendingLinear, Linear, linear_each, product_dtype
 
 EPS = 1e-15
@@ -48,7 +49,7 @@ def relu_linear_attention(
     return mixed_BNC.view(*mixed_BNC.shape[:-1], -1, head_width).transpose(1, 2).to(v_BHND.dtype)
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(nn.Module, UsesKernels):
     """Self-attention over image tokens with linear cost."""
 
     probe: Probe | None = None
@@ -71,7 +72,7 @@ class LinearAttention(nn.Module):
             return self.qkv(  # type: ignore[no-any-return]
                 x_BNC, use=lambda x, qkv, _: self.out(x, use=lambda x, out, bias: self._folded(x, qkv, out, bias))
             )
-        mixed_BNC, normaliser = relu_attention(self._packed(x_BNC), self.head_width, EPS)
+        mixed_BNC, normaliser = relu_attention(self._packed(x_BNC), self.head_width, EPS, self.kernels)
         if self.probe is not None:
             self.probe(x_BNC, normaliser)
         return self.out(mixed_BNC)  # type: ignore[no-any-return]

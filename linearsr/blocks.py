@@ -14,10 +14,11 @@ from linearsr.config import BackboneConfig
 from linearsr.depthwise import gated_depthwise
 from linearsr.forward_only import mix_ffn, works_forward_only
 from linearsr.fused import modulated_norm
+from linearsr.kernels import UsesKernels
 from linearsr.linear import LendingLinear
 
 
-class GatedDepthwise(nn.Conv2d):
+class GatedDepthwise(nn.Conv2d, UsesKernels):
     """SiLU, a depthwise 3x3 convolution and a SiLU gate; a module of its own, so that its weights can be sharded like any."""
 
     def __init__(self, hidden: int) -> None:
@@ -31,7 +32,7 @@ class GatedDepthwise(nn.Conv2d):
         assert self.bias is not None  # noqa: S101 (made with one)
         if use is not None:
             return use(hidden_BNF2, self.weight, self.bias)
-        return gated_depthwise(hidden_BNF2, self.weight, self.bias, grid)
+        return gated_depthwise(hidden_BNF2, self.weight, self.bias, grid, self.kernels)
 
 
 class MixFFN(nn.Module):
@@ -55,7 +56,10 @@ class MixFFN(nn.Module):
 
         def with_up(x_BNC: Tensor, up: Tensor, bias: Tensor) -> Tensor:
             def with_kernel(x_BNC: Tensor, kernel: Tensor, offset: Tensor) -> Tensor:
-                return self.down(x_BNC, use=lambda x, down, _: mix_ffn(x, (up, bias), (kernel, offset), down, grid))  # type: ignore[no-any-return]
+                kernels = self.depthwise.kernels
+                return self.down(  # type: ignore[no-any-return]
+                    x_BNC, use=lambda x, down, _: mix_ffn(x, (up, bias), (kernel, offset), down, grid, kernels)
+                )
 
             return self.depthwise(x_BNC, grid, use=with_kernel)  # type: ignore[no-any-return]
 

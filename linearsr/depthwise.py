@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from linearsr.bands import bands
+from linearsr.kernels import Kernels, compiled_gated_depthwise
 from linearsr.linear import product_dtype
 
 aten = torch.ops.aten
@@ -27,14 +28,17 @@ MIN_ROWS = 4
 """Two more rows are activated for each band than come out of it."""
 
 
-def gated_depthwise(hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+def gated_depthwise(hidden_BNF2: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], kernels: Kernels | None = None) -> Tensor:
     """Apply SiLU, a depthwise 3x3 convolution on the grid and a SiLU gate: (B, N, 2 F) -> (B, N, F). Keeps its input alone.
 
     Args:
         hidden_BNF2: Tokens of the (H, W) grid in row-major order.
         weight, bias: Of the convolution, (2 F, 1, 3, 3) and (2 F,).
         grid: (H, W).
+        kernels: Compute it, if they take such values; plain torch does without them.
     """
+    if kernels is not None and kernels.takes(hidden_BNF2):
+        return compiled_gated_depthwise(hidden_BNF2, weight, bias, grid, kernels)
     if torch.compiler.is_compiling():  # The compiler fuses the plain definition, and decides by itself what to keep.
         planes = _planes(_on_grid(F.silu(hidden_BNF2), grid))
         value, gate = _tokens(F.conv2d(planes, weight, bias, padding=1, groups=weight.shape[0])).flatten(1, 2).chunk(2, dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearsr.bands import largest_piece, pieces
+from linearsr.kernels import Kernels
 from linearsr.linear import add_products, product, product_dtype, product_into, products_into
 
 aten = torch.ops.aten
@@ -81,7 +82,14 @@ def folded_attention(x_BNC: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, head
     return result_BNC, normaliser_BNH.transpose(1, 2)[..., None]
 
 
-def mix_ffn(x_BNC: Tensor, up: tuple[Tensor, Tensor], depthwise: tuple[Tensor, Tensor], down: Tensor, grid: tuple[int, int]) -> Tensor:
+def mix_ffn(
+    x_BNC: Tensor,
+    up: tuple[Tensor, Tensor],
+    depthwise: tuple[Tensor, Tensor],
+    down: Tensor,
+    grid: tuple[int, int],
+    kernels: Kernels | None = None,
+) -> Tensor:
     """Project up, apply SiLU, a depthwise 3x3 convolution and a SiLU gate, and project down: (B, N, C) -> (B, N, C).
 
     Args:
@@ -90,21 +98,20 @@ def mix_ffn(x_BNC: Tensor, up: tuple[Tensor, Tensor], depthwise: tuple[Tensor, T
         depthwise: Weight (2 F, 1, 3, 3) and bias (2 F,).
         down: Weight (C, F).
         grid: (H, W).
+        kernels: Compute what is between the projections, if they take such values.
     """
     wide = product_dtype(x_BNC)
     weight, bias, kernel, offset, last = (part.to(wide) for part in (*up, *depthwise, down))
     x_BHWC = x_BNC.contiguous().view(x_BNC.shape[0], *grid, x_BNC.shape[2])
     out_BHWC = torch.empty_like(x_BHWC)
     memory = torch.empty(0, dtype=wide)
-    active: Tensor | None = None
+    between = _Compiled(kernels, kernel, offset) if kernels is not None and kernels.takes(memory) else _Plain(kernel, offset)
+    map_brWF2: Tensor | None = None
     for band in _bands(x_BHWC, len(weight)):
-        active, memory = band.memory(memory, x_BHWC, len(weight), active)
-        fresh_bRWF2 = active[:, band.first : band.first + band.fresh.stop - band.fresh.start]
-        # Rounded as the modules do.
-        hidden_bRWF2 = product(x_BHWC[band.samples, band.fresh].to(wide), weight, bias).to(x_BNC.dtype).to(wide)
-        aten.silu.out(hidden_bRWF2, out=fresh_bRWF2)
-        del hidden_bRWF2
-        product_into(out_BHWC[band.samples, band.rows], _gated(active, kernel, offset, 1 - band.halo), last)
+        map_brWF2, memory = band.memory(memory, x_BHWC, len(weight), map_brWF2)
+        fresh_bRWF2 = map_brWF2[:, band.first : band.first + band.fresh.stop - band.fresh.start]
+        between.project(x_BHWC[band.samples, band.fresh], weight, bias, fresh_bRWF2)
+        product_into(out_BHWC[band.samples, band.rows], between.gated(map_brWF2, band.halo), last)
     return out_BHWC.flatten(1, 2)
 
 
@@ -121,11 +128,39 @@ def mix_ffn_values(grid: tuple[int, int], width: int, hidden: int) -> int:
     return across * hidden * (2 * (rows + halo) + 3 * rows)
 
 
-def _gated(active_brWF2: Tensor, kernel: Tensor, offset: Tensor, padding: int) -> Tensor:
-    """Return value times SiLU of the gate after the convolution; a function, so that what is between is gone when the next band comes."""
-    planes = F.conv2d(active_brWF2.permute(0, 3, 1, 2), kernel, offset, padding=(padding, 1), groups=len(kernel))
-    value_brWF, gate_brWF = planes.permute(0, 2, 3, 1).chunk(2, dim=-1)
-    return F.silu(gate_brWF).mul_(value_brWF)
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """What is between the projections, by torch: rows are kept after SiLU."""
+
+    kernel: Tensor
+    offset: Tensor
+
+    def project(self, x_bRWC: Tensor, weight: Tensor, bias: Tensor, out_bRWF2: Tensor) -> None:
+        # Rounded as the modules do.
+        hidden_bRWF2 = product(x_bRWC.to(weight.dtype), weight, bias).to(x_bRWC.dtype).to(weight.dtype)
+        aten.silu.out(hidden_bRWF2, out=out_bRWF2)
+
+    def gated(self, active_brWF2: Tensor, halo: int) -> Tensor:
+        planes = F.conv2d(active_brWF2.permute(0, 3, 1, 2), self.kernel, self.offset, padding=(1 - halo, 1), groups=len(self.kernel))
+        value_brWF, gate_brWF = planes.permute(0, 2, 3, 1).chunk(2, dim=-1)
+        return F.silu(gate_brWF).mul_(value_brWF)
+
+
+class _Compiled:
+    """The same by kernels, which apply SiLU as they read: rows are kept as they come, and SiLU of none, 0, is 0."""
+
+    def __init__(self, kernels: Kernels, kernel: Tensor, offset: Tensor) -> None:
+        self.kernels, self.kernel, self.offset = kernels, kernel.float().contiguous(), offset.float().contiguous()
+
+    def project(self, x_bRWC: Tensor, weight: Tensor, bias: Tensor, out_bRWF2: Tensor) -> None:
+        product_into(out_bRWF2, x_bRWC.to(weight.dtype), weight, bias)
+        if x_bRWC.dtype != weight.dtype:
+            out_bRWF2.copy_(out_bRWF2.to(x_bRWC.dtype))  # Rounded as the modules do.
+
+    def gated(self, map_brWF2: Tensor, halo: int) -> Tensor:
+        grid = (map_brWF2.shape[1] - 2 * halo, map_brWF2.shape[2])
+        gated_bnF = self.kernels.gated_depthwise(map_brWF2.flatten(1, 2), self.kernel, self.offset, grid, halo=halo)
+        return gated_bnF.view(-1, *grid, gated_bnF.shape[2])
 
 
 @dataclass(frozen=True, slots=True)

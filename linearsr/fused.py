@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from linearsr.bands import bands
+from linearsr.kernels import HEAD_WIDTH, Kernels, compiled_relu_attention
 
 aten = torch.ops.aten
 
@@ -31,18 +32,21 @@ def modulated_norm(x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor, *, eps: 
     return _ModulatedNorm.apply(x_BNC, shift_B1C, scale_B1C, eps)  # type: ignore[no-any-return]
 
 
-def relu_attention(qkv_BNC3: Tensor, head_width: int, eps: float) -> tuple[Tensor, Tensor]:
+def relu_attention(qkv_BNC3: Tensor, head_width: int, eps: float, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
     """Mix values by ReLU linear attention in O(N); sums run in float32 or wider. Keeps the input and the output alone.
 
     Args:
         qkv_BNC3: (B, N, 3 C): queries, keys and values, each of C = heads x `head_width` channels.
         head_width: D.
         eps: Added to the normaliser, so a query without a positive key gives 0 and not NaN.
+        kernels: Compute it, if they take such values and heads; plain torch does without them.
 
     Returns:
         The mixed values (B, N, C) in the input's dtype, and the normaliser (B, H, N, 1) of each query before `eps`, which
         carries no gradient.
     """
+    if kernels is not None and kernels.takes(qkv_BNC3) and head_width == HEAD_WIDTH:
+        return compiled_relu_attention(qkv_BNC3, eps, kernels)
     if torch.compiler.is_compiling():
         parts, band = _Parts(qkv_BNC3, head_width), slice(None)
         summed = parts.active(QUERY, band) @ _state(parts.active(KEY, band), parts.wide(VALUE, band))

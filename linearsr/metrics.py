@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearsr.kernels import Kernels
 from linearsr.metric_table import METRICS, MetricSpec, metric_spec
 from linearsr.protocols import PROTOCOLS, protocol_named
 from linearsr.similarity import IDENTICAL_PSNR_DB, ms_ssim, psnr, psnr_y, ssim, ssim_y
@@ -61,7 +63,7 @@ def orientations(names: Sequence[str]) -> dict[str, bool]:
     return {name: metric_spec(name).higher_is_better for name in names}
 
 
-_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+_OWN: dict[str, Callable[..., Tensor]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 _CUT_AT_BORDER = ("psnr_y", "ssim_y", "psnr", "ssim")
 NO_WEIGHTS = "none"
 """Stands for the hash of a metric that needs no weights."""
@@ -99,13 +101,16 @@ def smallest_side(name: str, border_px: int) -> int:
 class Meter:
     """Measures images by several metrics under one protocol."""
 
-    def __init__(self, names: Sequence[str], protocol: str = "quickstart", weights: str | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], protocol: str = "quickstart", weights: str | None = None, kernels: Kernels | None = None
+    ) -> None:
         """Check that every metric can be computed here; networks are loaded at the first `measure`.
 
         Args:
             names: metrics of single pictures, of `METRICS`.
             protocol: one of `PROTOCOLS`.
             weights: local folder with the files of weights that learned metrics need.
+            kernels: compute PSNR-Y on a CPU; plain torch does without them.
 
         Raises:
             ValueError: for an unknown name or protocol.
@@ -122,6 +127,7 @@ class Meter:
         self._border_px = chosen.border_px
         self.protocol = chosen.describe()
         self._weights = None if weights is None else Path(weights)
+        self._own: dict[str, Callable[..., Tensor]] = {**_OWN, "psnr_y": partial(psnr_y, kernels=kernels)}
         self._measures: dict[tuple[str, torch.device], Callable[..., Tensor]] = {}
         for name in self.names:
             if metric_spec(name).needs == "weights":
@@ -160,7 +166,7 @@ class Meter:
         images = [image[window] for image in (sr, hr) if image is not None]
         if name not in _OWN and (name, sr.device) not in self._measures:
             self._measures[name, sr.device] = _build(name, self._weights, sr.device)
-        measure = _OWN[name] if name in _OWN else self._measures[name, sr.device]
+        measure = self._own[name] if name in _OWN else self._measures[name, sr.device]
         return measure(*images[: 2 if spec.full_reference else 1]).reshape(-1).double()
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from linearsr.bundle import Bundle, BundleError
+from linearsr.kernels import Kernels, use_kernels
 from linearsr.model import SuperResolver
 
 Residency = Literal["all", "one"]
@@ -38,7 +39,7 @@ class ExpertsInTurn:
     two: a thread copies the next one through pinned memory on a stream of its own. An expert returned earlier is not valid any more.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, kernels: Kernels | None = None) -> None:
         """Make room and check every file's header; no weights are read yet.
 
         Raises:
@@ -46,7 +47,7 @@ class ExpertsInTurn:
         """
         self._bundle, self._device = bundle, device
         self._is_cuda = device.type == "cuda"
-        self._slots = [_empty_expert(bundle, device) for _ in range(min(2, len(bundle.experts)) if self._is_cuda else 1)]
+        self._slots = [_empty_expert(bundle, device, kernels) for _ in range(min(2, len(bundle.experts)) if self._is_cuda else 1)]
         for path in bundle.experts:
             _check_header(path, self._slots[0], bundle)
         self._holds: list[int | None] = [None] * len(self._slots)
@@ -120,8 +121,8 @@ class ExpertsInTurn:
         self._holds[slot] = index
 
 
-def hold_experts(bundle: Bundle, device: torch.device, residency: Residency) -> ExpertSet:
-    """Return the bundle's experts, kept as `residency` says.
+def hold_experts(bundle: Bundle, device: torch.device, residency: Residency, kernels: Kernels | None = None) -> ExpertSet:
+    """Return the bundle's experts, kept as `residency` says; on a CPU they compute with `kernels`, if there are some.
 
     Raises:
         BundleError: if an expert's weights are not those of the bundle's network.
@@ -130,7 +131,7 @@ def hold_experts(bundle: Bundle, device: torch.device, residency: Residency) -> 
     if residency not in get_args(Residency):
         raise ValueError(f"residency: got {residency!r}; expected one of {', '.join(get_args(Residency))}")
     if residency == "one":
-        return ExpertsInTurn(bundle, device)
+        return ExpertsInTurn(bundle, device, kernels)
     experts = []
     for path in bundle.experts:
         expert = SuperResolver(bundle.config, bundle.statistics)
@@ -138,6 +139,7 @@ def hold_experts(bundle: Bundle, device: torch.device, residency: Residency) -> 
             expert.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
             raise _foreign(path, bundle, str(error)) from error
+        use_kernels(expert, kernels)
         experts.append(expert.to(device, network_dtype(bundle)).eval())
     return experts
 
@@ -153,8 +155,10 @@ def expert_parameters(bundle: Bundle) -> int:
         return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
 
 
-def _empty_expert(bundle: Bundle, device: torch.device) -> SuperResolver:
-    return SuperResolver(bundle.config, bundle.statistics).to(device, network_dtype(bundle)).eval()
+def _empty_expert(bundle: Bundle, device: torch.device, kernels: Kernels | None) -> SuperResolver:
+    expert = SuperResolver(bundle.config, bundle.statistics).to(device, network_dtype(bundle)).eval()
+    use_kernels(expert, kernels)
+    return expert
 
 
 def _check_header(path: Path, expert: SuperResolver, bundle: Bundle) -> None:

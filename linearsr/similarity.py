@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, relu
 
+from linearsr.kernels import Kernels
+
 IDENTICAL_PSNR_DB = 100.0
 """PSNR of identical images: finite, so that means and JSON survive it, and above any that differ visibly."""
 
@@ -29,13 +31,15 @@ _MIDDLE = 255.0
 """About the middle of the sum of two images; variances are taken around it, where float32 is finest."""
 
 
-def psnr_y(sr: Tensor, hr: Tensor) -> Tensor:
+def psnr_y(sr: Tensor, hr: Tensor, kernels: Kernels | None = None) -> Tensor:
     """Return the PSNR of studio-range Y in dB, (B,) float64, for RGB (B, 3, H, W) in [0, 1].
 
-    Identical images give `IDENTICAL_PSNR_DB`.
+    Identical images give `IDENTICAL_PSNR_DB`. On a CPU `kernels`, which read both images once, take about half the time.
     """
-    error = _luminance(sr.float() - hr.float(), _STUDIO)
-    mean = error.square_().mean(dim=(1, 2)).double()
+    if kernels is not None and kernels.takes(sr) and kernels.takes(hr):
+        mean = kernels.luminance_error(sr, hr, _STUDIO)
+    else:
+        mean = _luminance(sr.float() - hr.float(), _STUDIO).square_().mean(dim=(1, 2)).double()
     return (10 * torch.log10(255**2 / mean)).clamp(max=IDENTICAL_PSNR_DB)
 
 

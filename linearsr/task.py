@@ -16,6 +16,7 @@ from linearsr.config import AugmentationConfig
 from linearsr.constants import Constant
 from linearsr.degradation import augment, degrade_pair
 from linearsr.flow import interpolate, sample_times
+from linearsr.kernels import Kernels, use_kernels
 from linearsr.latent import LatentSpace
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
@@ -56,6 +57,9 @@ def crop_on_grid(
 class SuperResolutionTask:
     """Flow-matching training of one `SuperResolver` on one interval of noise levels."""
 
+    kernels: Kernels | None = None
+    """What networks and metrics compute with on a CPU; None is plain torch. Set it before `build`."""
+
     def __init__(self, config: TaskConfig) -> None:
         """Keep the config; nothing heavy happens before `build`, but the codec's weights are compared with their hash.
 
@@ -78,7 +82,9 @@ class SuperResolutionTask:
         """Return a freshly initialised network on the CPU in float32, the same for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return SuperResolver(self.config.model, self.config.statistics)
+            network = SuperResolver(self.config.model, self.config.statistics)
+        use_kernels(network, self.kernels)
+        return network
 
     def transform(
         self, image: NDArray[np.uint8], tags: Sequence[str] | Caption, rng: np.random.Generator, latent: Array | None = None
@@ -150,5 +156,5 @@ class SuperResolutionTask:
 
         restored = self._space.decode(sample_euler(denoise, start, times))
         if self._meter is None:
-            self._meter = Meter(self.config.metrics, "quickstart", self.config.metric_weights)
+            self._meter = Meter(self.config.metrics, "quickstart", self.config.metric_weights, self.kernels)
         return self._meter.measure(restored / 2 + 0.5, batch["hr"].float() / 255)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from linearsr.bundle import Bundle
 from linearsr.colour import ColourFix, fix_colours
+from linearsr.kernels import Kernels
 from linearsr.latent import LatentSpace, upsample_bicubic
 from linearsr.residency import Residency, hold_experts
 from linearsr.routed import RoutedSampler
@@ -32,6 +33,7 @@ class Upscaler:
         residency: Residency = "all",
         stopwatch: Stopwatch | None = None,
         reader: TagReader | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         """Load the experts; nothing of the bundle is executed.
 
@@ -41,6 +43,7 @@ class Upscaler:
             residency: whether all experts stay on the device or one at a time; pictures are the same.
             stopwatch: is told what takes how long.
             reader: of the bundle's tags, on the same device, if there is one that has learnt some.
+            kernels: the experts compute with on a CPU; pictures are the same but for rounding.
 
         Raises:
             BundleError: if an expert's weights are not those of the bundle's network.
@@ -48,7 +51,7 @@ class Upscaler:
         self.bundle, self.device = bundle, torch.device(device)
         self.stopwatch = stopwatch or Stopwatch(enabled=False)
         self.space = LatentSpace(bundle.config, bundle.statistics)
-        self.experts = hold_experts(bundle, self.device, residency)
+        self.experts = hold_experts(bundle, self.device, residency, kernels)
         self.reader = reader or TagReader(bundle.config.tags, bundle.text, self.device)
         self.routed = RoutedSampler(self.experts, bundle.boundaries, bundle.sampler, stopwatch=self.stopwatch)
 
