@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -55,6 +56,7 @@ def test_every_part_of_the_method_goes_through_every_stage(tmp_path: Path) -> No
         "evaluate.step_sweep=[1]",
         "promote.rules=[{rule: same_protocol}, {rule: not_worse, metrics: [psnr_y], protocol: seesr}]",
         "cluster.num_cpus=2",
+        f"cluster.compiled_kernels={str(shutil.which('c++') is not None).lower()}",
         "cluster.object_store_mb=100",
     ]
     command = [str(Path(sys.executable).with_name("linearsr")), "run", str(SMOKE)]

@@ -144,7 +144,7 @@ def test_a_search_scores_every_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearsr_platform.cluster.scoring.validation_batches", lambda *_: [batch])
     experts: dict[str, Any] = {name: task.build().eval() for name in ("noisy", "clean", "other")}
     torch.nn.init.normal_(experts["other"].network.head.weight)
-    monkeypatch.setattr(Scoring, "_expert", lambda self, url, device: experts[url])
+    monkeypatch.setattr(Scoring, "_expert", lambda self, url, device, kernels: experts[url])
     scoring = Scoring(task=config, sampler=SamplerConfig(num_steps=1), section=ScoreSection(steps=1), shards=())
     assert scoring.measure(("noisy", "clean"), (0.2,)) != scoring.measure(("noisy", "other"), (0.2,))
 

@@ -41,6 +41,14 @@ def quiet_libraries(*, verbose: bool) -> None:
     warnings.simplefilter("ignore")
 
 
+def prepare_for_models(*, verbose: bool) -> None:
+    """Quiet libraries, and tell of a sampler that misses an expert: what every command that runs a model begins with."""
+    quiet_libraries(verbose=verbose)
+    from linearsr.schedule import UnvisitedExpertWarning
+
+    tell_warnings(UnvisitedExpertWarning)
+
+
 def tell_warnings(kind: type[Warning]) -> None:
     """From now on print each warning of this kind once, as one line on standard error, whatever was filtered before."""
     told: set[str] = set()  # The filter "once" forgets whenever somebody changes filters, as decoding an image does.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linearsr_platform.cli.options import CodecTile, Verbose
+from linearsr_platform.cli.options import CodecTile, CompiledKernels, Verbose
 from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import UserError
 
@@ -85,6 +85,7 @@ def evaluate(
     grid: Grid = None,
     seed: Seed = None,
     device: Device = "cpu",
+    compiled_kernels: CompiledKernels = False,
     text_encoder: TextEncoder = None,
     codec: Codec = None,
     codec_tile: CodecTile = None,
@@ -100,17 +101,15 @@ def evaluate(
     _check_use(model, restored, lr, grid, codec_tile, attach=attach, named=named, original=original)
     names = _known_protocols(protocol or ["classic"])
     _check_metrics(metric or [])
-    from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
+    from linearsr_platform.cli.environment import prepare_for_models
 
-    quiet_libraries(verbose=verbose)
-    from linearsr.schedule import UnvisitedExpertWarning
+    prepare_for_models(verbose=verbose)
     from linearsr_platform.registry.evaluation import Evaluation
     from linearsr_platform.stages.choosing import choose
     from linearsr_platform.stages.measured_set import MakeMeasurer
     from linearsr_platform.stages.measuring import Request
     from linearsr_platform.storage import write_text
 
-    tell_warnings(UnvisitedExpertWarning)
     version, folder = _find_model(model, storage, tracking_uri)
     facts = _facts(lr)
     test_set = _test_set(restored, original, lr, facts, folder) if named is None else _named_test_set(named, root, restored, folder)
@@ -123,6 +122,7 @@ def evaluate(
         text_encoder=text_encoder,
         codec_tile=codec_tile,
         device=device,
+        compiled_kernels=compiled_kernels,
         pictures_url=pictures,
     )
     tables = _tables(test_set, _measure(test_set.photographs, make), make, facts.degradation)

@@ -34,6 +34,13 @@ CodecTile = Annotated[
         help="Side of a DC-AE's tiles, 32 px a position; default: the model's. Smaller ones take less memory and change the picture more.",
     ),
 ]
+CompiledKernels = Annotated[
+    bool,
+    typer.Option(
+        "--compiled-kernels",
+        help="Have CPUs compute parts of it by C++ that each machine compiles once, with `c++`: faster, the same but for rounding.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and the logs of libraries.")]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearsr_platform.cli.options import CodecTile, Verbose
+from linearsr_platform.cli.options import CodecTile, CompiledKernels, Verbose
 from linearsr_platform.cli.store import existing_store
 from linearsr_platform.errors import StageError, UserError
 
@@ -106,6 +106,7 @@ def upscale(
     timings: Timings = False,
     as_json: AsJson = False,
     threads: Threads = None,
+    compiled_kernels: CompiledKernels = False,
     address: Address = None,
     workers: Workers = None,
     gpus_per_worker: Gpus = 0.0,
@@ -114,14 +115,12 @@ def upscale(
 ) -> None:
     """Enlarge an image, or every image of a folder, a glob or a shard. Interrupted, the same command does the rest."""
     _check_choices(target, plan=plan, estimate=estimate, colour_fix=colour_fix, residency=residency, memory=memory)
-    from linearsr_platform.cli.environment import quiet_libraries, tell_warnings
-    from linearsr_platform.cli.upscale_where import Asked, Here, Spread, show
+    from linearsr_platform.cli.environment import prepare_for_models
 
-    quiet_libraries(verbose=verbose)
-    from linearsr.schedule import UnvisitedExpertWarning
+    prepare_for_models(verbose=verbose)
+    from linearsr_platform.cli.upscale_where import Asked, Here, Spread, show
     from linearsr_platform.stages.picture_work import find_work
 
-    tell_warnings(UnvisitedExpertWarning)
     pool = Spread(address, workers, threads or 1, gpus_per_worker, tuple(secrets or ()), verbose)
     pool.refuse_alone() if pool.alone else pool.prepare(plan=plan, timings=timings)
     work = find_work(source, target)
@@ -135,6 +134,7 @@ def upscale(
         residency=None if residency == "auto" else residency,  # type: ignore[arg-type]
         tile=tile,
         codec_tile=codec_tile,
+        compiled_kernels=compiled_kernels,
     )
     place = Here(asked, threads, plan=plan, measured=timings or as_json) if pool.alone else pool.over(asked, work)
     outcomes = show(work, place.do, skip=not (overwrite or plan), as_json=as_json)

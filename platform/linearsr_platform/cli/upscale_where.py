@@ -49,6 +49,7 @@ class Asked:
     residency: Residency | None
     tile: int | None
     codec_tile: int | None
+    compiled_kernels: bool
 
 
 class Here:
@@ -58,7 +59,7 @@ class Here:
         """Read the bundle; `plan` says what would be done instead of doing it, `measured` keeps the time of each part."""
         if threads is not None:
             torch.set_num_threads(threads)
-        machine = machine_here(asked.device, asked.memory_gb, asked.residency, asked.tile)
+        machine = machine_here(asked.device, asked.memory_gb, asked.residency, asked.tile, compiled_kernels=asked.compiled_kernels)
         self._watch = Stopwatch(machine.device, enabled=measured)
         with self._watch.section("load"):
             bundle = asked.open(asked.codec, asked.text_encoder)
@@ -188,6 +189,7 @@ class Pool:
                 residency=asked.residency,
                 tile=asked.tile,
                 codec_tile=asked.codec_tile,
+                compiled_kernels=asked.compiled_kernels,
                 cpus=float(spread.threads),
                 gpus=spread.gpus,
             )

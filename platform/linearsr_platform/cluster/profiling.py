@@ -68,7 +68,7 @@ def _profile(plan: ProfilePlan, board: ProgressBoard) -> NoiseProfile:
     low, high = plan.log_snr
     levels, crops = plan.section.levels, plan.section.crops
     edges = tuple(low + (high - low) * index / levels for index in range(levels + 1))
-    network = SuperResolutionTask(plan.task).build()
+    network = plan.job.build_task().build()
     assert plan.job.init_weights is not None  # noqa: S101 (profiles are of trained networks)
     with storage.local_path(plan.job.init_weights) as path:
         network.load_state_dict(load_file(path))

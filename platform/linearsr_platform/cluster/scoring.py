@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from linearsr.config import SamplerConfig
+from linearsr.kernels import Kernels, use_kernels
 from linearsr.metrics import Meter
 from linearsr.model import SuperResolver
 from linearsr.routed import RoutedSampler
@@ -22,6 +23,7 @@ from linearsr_platform.cluster.device import own_device
 from linearsr_platform.cluster.worker import validation_batches
 from linearsr_platform.recipe.search_schema import ScoreSection
 from linearsr_platform.recipe.train_schema import ValidationConfig
+from linearsr_platform.train.kernels import kernels_here
 
 PROTOCOL = "quickstart"
 """Metric protocol of scores, that of validation during training."""
@@ -39,6 +41,8 @@ class Scoring:
     section: ScoreSection
     shards: tuple[str, ...]
     """With the held-back crops."""
+    compiled_kernels: bool = False
+    """Whether networks and metrics compute with kernels that the machine compiles."""
 
     def measure(self, weights: Sequence[str], boundaries: Sequence[float]) -> dict[str, list[float]]:
         """Return every metric of every crop.
@@ -49,11 +53,11 @@ class Scoring:
         """
         config = self.section
         crops = ValidationConfig(crops=config.crops, crop_px=config.crop_px, batch_size=config.batch_size)
-        device = own_device()
+        device, kernels = own_device(), kernels_here(wanted=self.compiled_kernels)
         times = times_for_all(self.sampler, self.task.model.flow.shift, boundaries)
         sampler = replace(self.sampler, num_steps=len(times), times=times, grid="uniform")
-        routed = RoutedSampler([self._expert(url, device) for url in weights], boundaries, sampler)
-        meter = Meter(self.task.metrics, PROTOCOL, self.task.metric_weights)
+        routed = RoutedSampler([self._expert(url, device, kernels) for url in weights], boundaries, sampler)
+        meter = Meter(self.task.metrics, PROTOCOL, self.task.metric_weights, kernels)
         values: dict[str, list[float]] = {name: [] for name in self.task.metrics}
         task = SuperResolutionTask(self.task)
         for batch in validation_batches(task, crops, self.shards):
@@ -68,8 +72,9 @@ class Scoring:
         clean = routed.sample(batch["noise"], to_pixels(batch["lr"]), captions, null=null)
         return routed.experts[0].space.decode(clean) / 2 + 0.5
 
-    def _expert(self, url: str, device: torch.device) -> SuperResolver:
+    def _expert(self, url: str, device: torch.device, kernels: Kernels | None) -> SuperResolver:
         expert = SuperResolver(self.task.model, self.task.statistics)
+        use_kernels(expert, kernels)
         with ExitStack() as stack:
             expert.load_state_dict(load_file(stack.enter_context(storage.local_path(url))))
         return expert.to(device).eval()

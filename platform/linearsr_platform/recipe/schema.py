@@ -172,6 +172,9 @@ class ClusterConfig(Section):
     gpus_per_picture_worker: NotNegative = 0.0
     """GPUs of a worker that prepares or measures photographs, where a text encoder, a DC-AE or the bundle works on them; a fraction lets
     several share one. 0 is on CPUs, which give the same numbers on every machine; a GPU's differ from them by rounding."""
+    compiled_kernels: bool = False
+    """Have CPUs compute what lies between a network's matrix products, and PSNR-Y, by C++ that every machine compiles for itself, once;
+    each needs a compiler, `c++`. Faster than plain torch, and the same but for rounding."""
     memory_gb_per_worker: NotNegative | None = None
     """Host memory that Ray keeps for a worker, GB, so that no more train at once than there is memory for. Unset keeps what `linearsr plan`
     works out, or 95 % of a machine if that is less; 0 keeps none."""

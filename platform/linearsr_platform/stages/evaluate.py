@@ -67,6 +67,7 @@ def run(context: RunContext, url: str, tracked: TrackedRun) -> StageOutput:
         largest_lr_px=largest,
         part_of_device=min(1.0, work.gpus(context.recipe) or 1.0),
         device=work.device(context.recipe),
+        compiled_kernels=context.recipe.cluster.compiled_kernels,
         pictures_url=storage.join(url, "pictures"),
         results_url=storage.join(url, "measured"),
     )

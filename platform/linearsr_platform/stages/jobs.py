@@ -106,6 +106,7 @@ def make_job(
         seed=recipe.seed,
         cache=shard_cache(context, split),
         memory_bytes=memory_bytes,
+        compiled_kernels=recipe.cluster.compiled_kernels,
     )
 
 

@@ -14,6 +14,7 @@ from linearsr.codec_source import CodecError
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import TagsConfig, TextSource
 from linearsr.frechet import check_enough, frechet_inception_distance
+from linearsr.kernels import Kernels
 from linearsr.memory import USABLE, MemoryModel, free_bytes
 from linearsr.metric_table import ARTEFACTS, metric_spec
 from linearsr.metrics import MetricError, find_weights, weights_digests
@@ -30,6 +31,7 @@ from linearsr_platform.recipe.identity import stable_hash
 from linearsr_platform.registry.evaluation import ProtocolTable, by_metric
 from linearsr_platform.stages.measuring import Measure, Measured, Measurer, Photograph, Piece, Pixels, Request, features_of, save_png
 from linearsr_platform.stages.upscaling import device_here, open_bundle
+from linearsr_platform.train.kernels import kernels_here
 
 OnProgress = Callable[[int, int], None]
 """Called with the pictures that are done, and all."""
@@ -58,6 +60,8 @@ class MakeMeasurer:
     part_of_device: float = 1.0
     """Of the free memory that is this process's."""
     device: str = "cpu"
+    compiled_kernels: bool = False
+    """Whether CPUs compute with kernels that each machine compiles."""
     pictures_url: str | None = None
     """Folder that gets every picture; None keeps none."""
     results_url: str | None = None
@@ -70,7 +74,8 @@ class MakeMeasurer:
             UserError: if either cannot be loaded.
         """
         with _told():
-            measurer = Measurer(self.request, self._upscaler(), None if self.pictures_url is None else self._keep)
+            kernels = kernels_here(wanted=self.compiled_kernels)
+            measurer = Measurer(self.request, self._upscaler(kernels), None if self.pictures_url is None else self._keep, kernels)
 
         def measure(piece: Piece) -> Measured:
             photograph = piece.load()
@@ -83,7 +88,7 @@ class MakeMeasurer:
 
         return measure
 
-    def _upscaler(self) -> Upscaler | None:
+    def _upscaler(self, kernels: Kernels | None) -> Upscaler | None:
         if self.bundle_url is None:
             return None
         device = device_here(self.device)
@@ -95,7 +100,7 @@ class MakeMeasurer:
                 budget_bytes = int(free_bytes(device) * USABLE * self.part_of_device)
                 residency = MemoryModel.of(bundle, device.type).residency(self.largest_lr_px, budget_bytes)
             reader = TagReader(bundle.config.tags, bundle.text, device, self.prompts)
-            upscaler = Upscaler(bundle, device=device, residency=residency, reader=reader)
+            upscaler = Upscaler(bundle, device=device, residency=residency, reader=reader, kernels=kernels)
             if residency == "one":
                 # Its files are read again and again.
                 weakref.finalize(upscaler, stack.pop_all().close)

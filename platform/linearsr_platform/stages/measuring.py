@@ -21,6 +21,7 @@ from linearsr.artefacts import Edges, colour_shift, evaluation_tiles, grid_edges
 from linearsr.colour import fix_colours
 from linearsr.degradation import upsample
 from linearsr.frechet import InceptionFeatures
+from linearsr.kernels import Kernels
 from linearsr.latent import upsample_bicubic
 from linearsr.metric_table import METRICS, metric_spec
 from linearsr.metrics import Meter, MetricError
@@ -142,20 +143,23 @@ class KeepPicture(Protocol):
 class Measurer:
     """Holds a loaded model, or none, and the metrics; measures one photograph at a time."""
 
-    def __init__(self, request: Request, upscaler: Upscaler | None, keep: KeepPicture | None = None) -> None:
+    def __init__(
+        self, request: Request, upscaler: Upscaler | None, keep: KeepPicture | None = None, kernels: Kernels | None = None
+    ) -> None:
         """Build the metrics; their networks are loaded by the first photograph.
 
         Args:
             request: what is measured.
             upscaler: makes the pictures; None where every photograph brings its own.
             keep: is given every picture that is made.
+            kernels: compute PSNR-Y; None is plain torch.
 
         Raises:
             MetricError: if a metric cannot be computed here.
         """
         self._request, self._upscaler, self._keep = request, upscaler, keep
         self._meters = {
-            name: Meter([metric for metric in metrics if metric_spec(metric).scope == "picture"], name, request.weights)
+            name: Meter([metric for metric in metrics if metric_spec(metric).scope == "picture"], name, request.weights, kernels)
             for name, metrics in request.metrics.items()
         }
         with_fid = any(metric_spec(metric).scope == "set" for metrics in request.metrics.values() for metric in metrics)

@@ -11,10 +11,13 @@ from linearsr_platform import storage
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import Recipe
 from linearsr_platform.tracking.store import check_reachable
+from linearsr_platform.train.kernels import kernels_here
 
 
 def check_before_start(recipe: Recipe) -> None:
     """Refuse a run whose storage cannot be written, whose MLflow does not answer, or whose codec, metrics or network lack weights.
+
+    Also one with compiled kernels on a cluster of this machine, if it has no compiler.
 
     Raises:
         UserError: saying which, and what to do.
@@ -33,6 +36,8 @@ def check_before_training(recipe: Recipe) -> None:
     check_installed(recipe.degradation)
     check_first_weights(recipe.model.init_weights)
     check_writable(recipe.storage)
+    # Of another cluster, its machines know.
+    kernels_here(wanted=recipe.cluster.compiled_kernels and recipe.cluster.address is None)
     _check_metrics(recipe.validation.metrics, "quickstart", recipe)
 
 

@@ -58,6 +58,8 @@ class Enlarger:
     cpus: float = 1.0
     gpus: float = 0.0
     """What a worker reserves: its share of a machine."""
+    compiled_kernels: bool = False
+    """Whether CPUs compute with kernels that each machine compiles."""
 
     def __call__(self) -> Callable[[Job], list[Outcome]]:
         """Read the bundle, and load the model with the first picture.
@@ -68,7 +70,15 @@ class Enlarger:
         bundle = open_bundle(self.bundle.unpack(), self.codec, self.text_encoder, self.codec_tile)
         share = self.gpus if self.gpus else self.cpus / (os.cpu_count() or 1)
         cuts = self.memory_gb is not None
-        machine = machine_here(self.device, self.memory_gb, self.residency, self.tile, share=min(1.0, share), cuts=cuts)
+        machine = machine_here(
+            self.device,
+            self.memory_gb,
+            self.residency,
+            self.tile,
+            share=min(1.0, share),
+            cuts=cuts,
+            compiled_kernels=self.compiled_kernels,
+        )
         return UpscaleRun(bundle, self.request, machine, Stopwatch(enabled=False)).enlarge
 
 

@@ -11,6 +11,7 @@ import torch
 from linearsr.bundle import Bundle, BundleError, load_bundle, with_codec_tile, with_text_encoder
 from linearsr.codec_source import CodecError
 from linearsr.enlarge import Enlargement, enlarge, plan_enlargement
+from linearsr.kernels import Kernels
 from linearsr.memory import USABLE, MemoryModel, MemoryPlan, PictureTooLarge, free_bytes, shown_bytes
 from linearsr.picture_files import check_size, encode_picture, fit_format
 from linearsr.pictures import Picture, PictureError, decode_picture
@@ -27,6 +28,7 @@ from linearsr_platform.errors import StageError, UserError
 from linearsr_platform.remote import shown
 from linearsr_platform.stages.picture_work import Job
 from linearsr_platform.stages.shard_samples import check_names, corrected, is_picture, new_name, note_on_copied, nothing_enlarged
+from linearsr_platform.train.kernels import kernels_here
 
 REFUSALS = (PictureError, PictureTooLarge, StageError)
 """What is wrong with one picture or shard, and no reason to leave out the others."""
@@ -51,6 +53,8 @@ class Machine:
     cuts: bool = True
     """Whether a picture that does not fit whole may be cut into tiles that nobody asked for: how depends on the memory, and pictures on
     how they are cut."""
+    kernels: Kernels | None = None
+    """What the network computes with on a CPU; None is plain torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +235,12 @@ class UpscaleRun:
                     self._reader = self._reader or self._taught()
                 with self.stopwatch.section("load"):
                     self._upscaler = Upscaler(
-                        self.bundle, device=self.machine.device, residency=residency, stopwatch=self.stopwatch, reader=self._reader
+                        self.bundle,
+                        device=self.machine.device,
+                        residency=residency,
+                        stopwatch=self.stopwatch,
+                        reader=self._reader,
+                        kernels=self.machine.kernels,
                     )
             except (CodecError, TextEncoderError) as error:
                 # Not this picture's fault: no other would fare better.
@@ -275,7 +284,14 @@ def device_here(name: str) -> torch.device:
 
 
 def machine_here(
-    device: str, memory_gb: float | None, residency: Residency | None, tile: int | None, *, share: float = 1.0, cuts: bool = True
+    device: str,
+    memory_gb: float | None,
+    residency: Residency | None,
+    tile: int | None,
+    *,
+    share: float = 1.0,
+    cuts: bool = True,
+    compiled_kernels: bool = False,
 ) -> Machine:
     """Return this process's machine as options ask for it.
 
@@ -284,13 +300,14 @@ def machine_here(
         memory_gb: memory to use; None takes most of what is free now.
         residency, tile, cuts: see `Machine`.
         share: part of the free memory that is this process's, if `memory_gb` is None.
+        compiled_kernels: whether a CPU computes with kernels that are compiled here.
 
     Raises:
-        UserError: if this machine has no such device.
+        UserError: if this machine has no such device, or no compiler for the kernels.
     """
     chosen = device_here(device)
     memory_bytes = int(free_bytes(chosen) * USABLE * share) if memory_gb is None else int(memory_gb * 1e9)
-    return Machine(chosen, memory_bytes, residency, tile, cuts)
+    return Machine(chosen, memory_bytes, residency, tile, cuts, kernels_here(wanted=compiled_kernels and chosen.type == "cpu"))
 
 
 def open_bundle(folder: Path, codec: str | None, text_encoder: str | None, codec_tile: int | None) -> Bundle:

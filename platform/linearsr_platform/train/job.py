@@ -9,6 +9,7 @@ from pydantic import Field
 
 from linearsr_platform.recipe.data_schema import ShardCacheConfig
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig
+from linearsr_platform.train.kernels import kernels_here
 
 if TYPE_CHECKING:
     from linearsr_platform.train.protocols import Task
@@ -52,14 +53,18 @@ class TrainJob:
     """Host memory that a worker is thought to take, which Ray keeps for it, by the number of workers that the trainer may have: fewer
     take more each. No part of the job's identity. None keeps none."""
 
+    compiled_kernels: Annotated[bool, Field(exclude=True)] = False
+    """Whether the task computes with kernels that the worker's machine compiles; no part of the job's identity."""
+
     rehearsal: Annotated[Rehearsal | None, Field(exclude=True)] = None
     """None trains in earnest; no part of the job's identity."""
 
     def build_task(self) -> "Task":
-        """Import the task's class and build it.
+        """Import the task's class and build it, with compiled kernels if the job has some.
 
         Raises:
             ValueError: if `task` does not name something that can be imported.
+            UserError: if kernels cannot be compiled here.
         """
         module, _, attribute = self.task.partition(":")
         if not module or not attribute:
@@ -68,4 +73,6 @@ class TrainJob:
         if factory is None:
             raise ValueError(f"job {self.name}: task: got {self.task!r}; expected a name that {module} defines")
         task: Task = factory(self.task_config)
+        if self.compiled_kernels:
+            task.kernels = kernels_here()
         return task

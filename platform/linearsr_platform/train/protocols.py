@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from linearsr.guard import Trip
+from linearsr.kernels import Kernels
 from linearsr.knee import KneeDecision
 from linearsr.tags import Caption
 from linearsr_platform.train.results import Sighting, StepResult
@@ -22,6 +23,9 @@ Example = dict[str, NDArray[Any]]
 
 class Task(Protocol):
     """What is trained: a network, its examples, its loss and its validation. Knows nothing of workers or sharding."""
+
+    kernels: Kernels | None
+    """What its networks and metrics compute with on a CPU; None is plain torch. Set before `build`."""
 
     def build(self) -> nn.Module:
         """Return a freshly initialised network in float32 on the CPU, the same one on every worker."""
