@@ -1,14 +1,16 @@
 """What PSNR, SSIM and MS-SSIM of our own cost against pyiqa's, and how far they are apart.
 
-Run: `OMP_NUM_THREADS=1 python tests/benchmarks/metrics.py`. Pairs of 512 px photographs, one thread, both sides in turns in one process
-after one call of each to warm up, by CPU time. Exits with 1 if a ratio of medians is under `--least` (for PSNR `--least-psnr`: it has
-so little to compute that fetching both pictures from memory is a good part of it) or a value is off by more than `--apart`. SSIM and PSNR
-are compared on the same Y: pyiqa's `ssim` rounds Y to whole levels, so its own value is shown beside.
+Run: `OMP_NUM_THREADS=1 python tests/benchmarks/metrics.py`. Pairs of photographs, one thread, both sides in turns in one process after one
+call of each to warm up, by CPU time. PSNR runs in plain torch and by a compiled kernel. Exits with 1 if a ratio of medians is under
+`--least` (for PSNR in plain torch `--least-psnr`: it has so little to compute that fetching both pictures from memory is a good part of
+it) or a value is off by more than `--apart`. SSIM and PSNR are compared on the same Y: pyiqa's `ssim` rounds Y to whole levels, so its own
+value is shown beside.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import process_time
 
@@ -19,18 +21,18 @@ import torch
 from pyiqa.archs.ssim_arch import ssim
 from torch import Tensor
 
+from linearsr.kernels.build import build_kernels
 from linearsr.similarity import ms_ssim, psnr_y, ssim_y
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-SIDE_PX = 512
 
 
-def pairs() -> list[tuple[Tensor, Tensor]]:
-    """Photographs and noisy copies of them, both 8 bit, (1, 3, 512, 512) in [0, 1]."""
+def pairs(side_px: int) -> list[tuple[Tensor, Tensor]]:
+    """Photographs and noisy copies of them, both 8 bit, (1, 3, side, side) in [0, 1]."""
     found = []
     for index, name in enumerate(("astronaut", "coffee", "rocket")):
         photo = getattr(skimage.data, name)()
-        photo = np.pad(photo, [(0, max(0, SIDE_PX - side)) for side in photo.shape[:2]] + [(0, 0)], mode="reflect")[:SIDE_PX, :SIDE_PX]
+        photo = np.pad(photo, [(0, max(0, side_px - side)) for side in photo.shape[:2]] + [(0, 0)], mode="symmetric")[:side_px, :side_px]
         hr = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
         noise = torch.randn(hr.shape, generator=torch.Generator().manual_seed(index))
         found.append((((hr + 0.03 * noise).clamp(0, 1) * 255).round() / 255, hr))
@@ -44,10 +46,10 @@ def on_same_luma(sr: Tensor, hr: Tensor) -> Tensor:
     return ssim(x, y, data_range=255)  # type: ignore[no-any-return]
 
 
-def compare(name: str, ours: Measure, theirs: Measure, exact: Measure, rounds: int) -> tuple[float, float]:
+def compare(name: str, ours: Measure, theirs: Measure, exact: Measure, rounds: int, side_px: int) -> tuple[float, float]:
     """Time both in turns, print a row, and return the ratio of medians and the largest difference from `exact`."""
     spent: tuple[list[float], list[float]] = ([], [])
-    images = pairs()
+    images = pairs(side_px)
     for measure in (ours, theirs):
         measure(*images[0])
     for number in range(rounds):
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--least", type=float, default=20, help="least ratio of CPU times of SSIM and MS-SSIM")
     parser.add_argument("--least-psnr", type=float, default=5, help="the same for PSNR")
+    parser.add_argument("--side", type=int, default=512, help="of the photographs, px")
     parser.add_argument("--apart", type=float, default=1e-5, help="largest difference of values")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,9 +85,13 @@ def main() -> None:
 
     print(f"{'metric':<8} {'ours ms':>9} {'pyiqa ms':>9} {'ratio':>8} {'same Y':>12} {'as it comes':>14}")
     rows = [
-        (arguments.least_psnr, *compare("psnr_y", psnr_y, their_psnr, exact_psnr, 8 * arguments.rounds)),
-        (arguments.least, *compare("ssim_y", ssim_y, their_ssim, on_same_luma, arguments.rounds)),
-        (arguments.least, *compare("ms_ssim", ms_ssim, their_ms_ssim, their_ms_ssim, arguments.rounds)),
+        (arguments.least_psnr, *compare("psnr_y", psnr_y, their_psnr, exact_psnr, 8 * arguments.rounds, arguments.side)),
+        (
+            arguments.least,
+            *compare("compiled", partial(psnr_y, kernels=build_kernels()), their_psnr, exact_psnr, 8 * arguments.rounds, arguments.side),
+        ),
+        (arguments.least, *compare("ssim_y", ssim_y, their_ssim, on_same_luma, arguments.rounds, arguments.side)),
+        (arguments.least, *compare("ms_ssim", ms_ssim, their_ms_ssim, their_ms_ssim, arguments.rounds, arguments.side)),
     ]
     sys.exit(any(ratio < least or apart > arguments.apart for least, ratio, apart in rows))
 

@@ -3,6 +3,7 @@
 Run: `OMP_NUM_THREADS=1 python tests/benchmarks/step_overhead.py`. Both sides train the quickstart's network on the same batches in one
 process, a step of one after a step of the other, and are compared by the median CPU time of a step. The platform's step has everything
 a bare loop lacks: learning rate, average of weights, collecting and logging metrics. Exits with 1 if it costs over `--limit`.
+`--kernels` has the network of the platform's step alone compute by compiled kernels, so that the ratio is what they and the platform make.
 """
 
 import argparse
@@ -22,6 +23,8 @@ os.environ.setdefault("LOCAL_RANK", "0")
 import deepspeed
 
 from linearsr.config import BACKBONES, AugmentationConfig, DegradationConfig, LatentStatistics, ModelConfig
+from linearsr.kernels import Kernels
+from linearsr.kernels.build import build_kernels
 from linearsr.task import SuperResolutionTask
 from linearsr.task_config import TaskConfig
 from linearsr_platform.recipe.train_schema import TrainConfig, ValidationConfig, ZeroConfig
@@ -108,7 +111,7 @@ def bare_engine(task: SuperResolutionTask, config: TrainConfig):
     return deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, numel), dist_init_required=False)[0]
 
 
-def measure(stage: int, precision: str, steps: int, batch_size: int, crop_px: int, log_every: int) -> Alternating:
+def measure(stage: int, precision: str, steps: int, batch_size: int, crop_px: int, log_every: int, kernels: Kernels | None) -> Alternating:
     """Train both for `steps` steps and return the timings."""
     never = 10**9
     config = TrainConfig(
@@ -122,7 +125,9 @@ def measure(stage: int, precision: str, steps: int, batch_size: int, crop_px: in
         zero=ZeroConfig(stage=stage),
     )
     task = quickstart_task(crop_px)
+    task.kernels = kernels
     engine = DeepSpeedEngine(task, config, seed=0)
+    task.kernels = None
     bare = bare_engine(task, config)
 
     def bare_step(batch: Batch) -> None:
@@ -163,10 +168,13 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop-px", type=int, default=128)
     parser.add_argument("--log-every", type=int, default=10)
+    parser.add_argument("--kernels", action="store_true", help="compiled kernels on the platform's side")
     parser.add_argument("--limit", type=float, default=1.05, help="largest accepted ratio of medians")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    timings = measure(arguments.stage, arguments.precision, arguments.steps, arguments.batch_size, arguments.crop_px, arguments.log_every)
+    shape = (arguments.batch_size, arguments.crop_px)
+    kernels = build_kernels() if arguments.kernels else None
+    timings = measure(arguments.stage, arguments.precision, arguments.steps, *shape, arguments.log_every, kernels)
     bare_ms, platform_ms = (1e3 * median(side[arguments.warmup :]) for side in (timings.bare_s, timings.platform_s))
     ratio = platform_ms / bare_ms
     print(f"ZeRO {arguments.stage}, {arguments.precision}, batch {arguments.batch_size} of {arguments.crop_px} px")

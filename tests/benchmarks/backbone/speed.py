@@ -4,6 +4,9 @@ Run: `OMP_NUM_THREADS=1 python tests/benchmarks/backbone/speed.py block --width 
 process, a pass of one after a pass of the other, and compares medians of process CPU time. Outputs are asserted to be equal: the change
 that a block makes to its input within 1e-4 in float32, and 3e-2 in bfloat16, where each side is about 5e-3 from float32.
 
+Ours runs in plain torch, and in the cases block, model and sampler once more, in the same turns, with its optional C++ kernels
+("compiled"); `--kernels` has softmax and growth use them.
+
 Columns: `theirs_ms`, `ours_ms` CPU milliseconds; `ratio` theirs / ours; `spread` the ratio of the quartiles of ours, how noisy the
 machine was; `error` relative, in the Frobenius norm; `saved_mb` what the forward pass keeps for the backward pass, without parameters.
 
@@ -29,7 +32,7 @@ from statistics import median, quantiles
 from time import process_time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearsr.attention import CrossAttention, LinearAttention
@@ -37,10 +40,13 @@ from linearsr.backbone import Backbone
 from linearsr.blocks import Block
 from linearsr.conditioning import TextEmbedding
 from linearsr.config import BackboneConfig
+from linearsr.kernels import use_kernels
+from linearsr.kernels.build import build_kernels
 from linearsr.sana import from_diffusers
 
 CROSS_HEADS = {384: 6, 1152: 16, 2240: 20}
 LATENT, CAPTION, STEPS = 32, 2304, 20
+Run = Callable[[], object]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -91,22 +97,39 @@ def saved_mb(run: Callable[[], Tensor], modules: list[torch.nn.Module]) -> float
     return sum(size for address, size in seen.items() if address not in parameters) / 1e6
 
 
-def compare(name: str, theirs: Callable[[], object], ours: Callable[[], object], repeats: int, note: str = "") -> float:
-    """Print a row: medians of `repeats` interleaved runs after one to warm up."""
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
+def compare(name: str, theirs: Run, ours: Run, repeats: int, note: str = "", compiled: Run | None = None) -> None:
+    """Print a row for each of ours: medians of `repeats` interleaved runs after one to warm up."""
+    sides = {"theirs": theirs, "ours": ours} | ({"compiled": compiled} if compiled is not None else {})
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for index in range(repeats + 1):
-        for side, run in (("theirs", theirs), ("ours", ours)):
+        for side, run in sides.items():
             start_s = process_time()
             run()
             if index:
                 times[side].append((process_time() - start_s) * 1e3)
-    theirs_ms, ours_ms = (median(values) for values in times.values())
-    low, _, high = quantiles(times["ours"], n=4) if repeats > 1 else (1.0, 1.0, 1.0)
-    print(
-        f"{name:42s} theirs_ms {theirs_ms:9.1f} ours_ms {ours_ms:9.1f} ratio {theirs_ms / ours_ms:5.2f} spread {high / low:4.2f} {note}",
-        flush=True,
-    )
-    return theirs_ms / ours_ms
+    theirs_ms = median(times.pop("theirs"))
+    for side, of_side in times.items():
+        low, _, high = quantiles(of_side, n=4) if repeats > 1 else (1.0, 1.0, 1.0)
+        ratio = theirs_ms / median(of_side)
+        print(
+            f"{name:42s} theirs_ms {theirs_ms:9.1f} {side + '_ms':11s} {median(of_side):9.1f} ratio {ratio:5.2f} "
+            f"spread {high / low:4.2f} {note}",
+            flush=True,
+        )
+
+
+def with_kernels(network: nn.Module, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return `run` with a network that computes by kernels meanwhile."""
+    kernels = build_kernels()
+
+    def switched() -> Tensor:
+        use_kernels(network, kernels)
+        try:
+            return run()
+        finally:
+            use_kernels(network, None)
+
+    return switched
 
 
 def check(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
@@ -115,7 +138,7 @@ def check(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
     return f"error {error:.1e}"
 
 
-def both_ways(name: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor], grad: Tensor, repeats: int) -> None:
+def both_ways(name: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor], network: nn.Module, grad: Tensor, repeats: int) -> None:
     def quiet(run: Callable[[], Tensor]) -> Callable[[], object]:
         def forward() -> Tensor:
             with torch.no_grad():
@@ -123,8 +146,10 @@ def both_ways(name: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor
 
         return forward
 
-    compare(f"{name} forward", quiet(theirs), quiet(ours), repeats)
-    compare(f"{name} forward+backward", lambda: theirs().backward(grad), lambda: ours().backward(grad), repeats)
+    compiled = with_kernels(network, ours)
+    compare(f"{name} forward", quiet(theirs), quiet(ours), repeats, compiled=quiet(compiled))
+    backwards = [lambda run=run: run().backward(grad) for run in (theirs, ours, compiled)]
+    compare(f"{name} forward+backward", backwards[0], backwards[1], repeats, compiled=backwards[2])
 
 
 def run_block(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
@@ -142,10 +167,11 @@ def run_block(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> None
 
     name = f"block {width} N={tokens} {str(dtype)[6:]}"
     with torch.no_grad():
-        print(f"{name:42s} {check(run_ours() - x, run_theirs() - x, dtype)}")
+        outputs = [run() - x for run in (run_ours, with_kernels(ours, run_ours))]
+        print(f"{name:42s} {check(outputs[0], run_theirs() - x, dtype)} compiled {check(outputs[1], run_theirs() - x, dtype)}")
     saved = [saved_mb(run, [theirs, ours]) for run in (run_theirs, run_ours)]
     print(f"{name:42s} theirs saved_mb {saved[0]:.1f} ours {saved[1]:.1f} ratio {saved[0] / saved[1]:.2f}")
-    both_ways(name, run_theirs, run_ours, grad, repeats)
+    both_ways(name, run_theirs, run_ours, ours, grad, repeats)
 
 
 def run_model(width: int, tokens: int, dtype: torch.dtype, repeats: int, blocks: int) -> None:
@@ -163,8 +189,9 @@ def run_model(width: int, tokens: int, dtype: torch.dtype, repeats: int, blocks:
         return ours(z, t, ours.prepare(lr, text))
 
     with torch.no_grad():
-        print(f"{name:42s} {check(run_ours(), run_theirs(), dtype)}")
-    both_ways(name, run_theirs, run_ours, torch.randn(1, LATENT, height, across), repeats)
+        outputs = [run() for run in (run_ours, with_kernels(ours, run_ours))]
+        print(f"{name:42s} {check(outputs[0], run_theirs(), dtype)} compiled {check(outputs[1], run_theirs(), dtype)}")
+    both_ways(name, run_theirs, run_ours, ours, torch.randn(1, LATENT, height, across), repeats)
 
 
 def run_sampler(width: int, tokens: int, dtype: torch.dtype, repeats: int, blocks: int) -> None:
@@ -191,7 +218,9 @@ def run_sampler(width: int, tokens: int, dtype: torch.dtype, repeats: int, block
         return sample(lambda z, t: ours(z, t, conditioning))
 
     note = check(run_ours() - noise, run_theirs() - noise, dtype)
-    compare(f"sampler {blocks} x {width} N={tokens} {str(dtype)[6:]}", run_theirs, run_ours, repeats, note)
+    compiled = with_kernels(ours, run_ours)
+    note += " compiled " + check(compiled() - noise, run_theirs() - noise, dtype)
+    compare(f"sampler {blocks} x {width} N={tokens} {str(dtype)[6:]}", run_theirs, run_ours, repeats, note, compiled)
 
 
 def run_captions(width: int, tokens: int, dtype: torch.dtype, repeats: int, blocks: int, captions: int) -> None:
@@ -221,7 +250,7 @@ def run_captions(width: int, tokens: int, dtype: torch.dtype, repeats: int, bloc
     compare(f"{name} forward+backward", lambda: theirs().sum().backward(), lambda: ours().sum().backward(), repeats)
 
 
-def our_block(width: int, tokens: int, dtype: torch.dtype, *, softmax: bool = False) -> Callable[[], None]:
+def our_block(width: int, tokens: int, dtype: torch.dtype, *, softmax: bool = False, kernels: bool = False) -> Callable[[], None]:
     """Return a forward + backward pass of one of our blocks, with 300 caption tokens."""
     shape = BackboneConfig(width=width, num_blocks=1, num_cross_heads=CROSS_HEADS.get(width, width // 32))
     torch.manual_seed(0)
@@ -229,20 +258,22 @@ def our_block(width: int, tokens: int, dtype: torch.dtype, *, softmax: bool = Fa
     if softmax:
         block.attention = SoftmaxAttention(width, shape.head_width)
     block = block.to(dtype)
+    if kernels:
+        use_kernels(block, build_kernels())
     x, caption = torch.randn(1, tokens, width).to(dtype).requires_grad_(), torch.randn(1, 300, width).to(dtype)
     modulation, grad = torch.randn(1, 6, width).to(dtype), torch.randn(1, tokens, width).to(dtype)
     return lambda: block(x, block.cross.project(caption, None), modulation, grid_of(tokens)).backward(grad)
 
 
-def run_softmax(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
-    runs = our_block(width, tokens, dtype, softmax=True), our_block(width, tokens, dtype)
+def run_softmax(width: int, tokens: int, dtype: torch.dtype, repeats: int, kernels: bool) -> None:
+    runs = our_block(width, tokens, dtype, softmax=True), our_block(width, tokens, dtype, kernels=kernels)
     compare(f"softmax {width} N={tokens} {str(dtype)[6:]} forward+backward", *runs, repeats)
 
 
-def measure_alone(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
+def measure_alone(width: int, tokens: int, dtype: torch.dtype, repeats: int, kernels: bool) -> None:
     """Print median CPU milliseconds of a pass, and how far it raised the process's peak memory, in MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run, times = our_block(width, tokens, dtype), []
+    run, times = our_block(width, tokens, dtype, kernels=kernels), []
     for index in range(repeats + 1):
         start_s = process_time()
         run()
@@ -251,10 +282,11 @@ def measure_alone(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> 
     print(median(times), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 
 
-def run_growth(width: int, all_tokens: list[int], dtype: str, repeats: int) -> None:
+def run_growth(width: int, all_tokens: list[int], dtype: str, repeats: int, kernels: bool) -> None:
     rows: list[tuple[int, float, float]] = []
     for tokens in all_tokens:
         command = [sys.executable, __file__, "alone", "--width", str(width), "--tokens", str(tokens), "--dtype", dtype]
+        command += ["--kernels"] if kernels else []
         done = subprocess.run([*command, "--repeats", str(repeats)], capture_output=True, text=True, check=True)
         ms, mb = map(float, done.stdout.split())
         note = ""
@@ -278,12 +310,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--captions", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
     if options.case == "growth":
-        run_growth(options.width, options.tokens, options.dtype, options.repeats)
+        run_growth(options.width, options.tokens, options.dtype, options.repeats, options.kernels)
         return
     for tokens in options.tokens:
         arguments = (options.width, tokens, dtype, options.repeats)
@@ -291,8 +324,10 @@ def main() -> None:
             {"model": run_model, "sampler": run_sampler}[options.case](*arguments, options.blocks)
         elif options.case == "captions":
             run_captions(*arguments, options.blocks, options.captions)
+        elif options.case == "block":
+            run_block(*arguments)
         else:
-            {"block": run_block, "softmax": run_softmax, "alone": measure_alone}[options.case](*arguments)
+            {"softmax": run_softmax, "alone": measure_alone}[options.case](*arguments, options.kernels)
 
 
 if __name__ == "__main__":
