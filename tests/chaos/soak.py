@@ -61,7 +61,7 @@ def drivers(kind: str) -> list[int]:
 
     address = ray.get_runtime_context().gcs_address
     if kind == "_train":
-        tasks = list_tasks(address, filters=[("name", "=", kind), ("state", "=", "RUNNING")], detail=True)
+        tasks = list_tasks(address, filters=[("func_or_class_name", "=", kind), ("state", "=", "RUNNING")], detail=True)
         return [task.worker_pid for task in tasks if task.worker_pid]
     actors = list_actors(address, filters=[("class_name", "=", kind), ("state", "=", "ALIVE")])
     return [actor.pid for actor in actors]

@@ -22,7 +22,8 @@ def test_trainers_start_as_machines_join_a_running_cluster(monkeypatch: pytest.M
     started: list[Any] = []
     asked: list[int] = []
     monkeypatch.setattr(experts, "Demand", lambda: SimpleNamespace(ask=lambda share, workers: asked.append(workers)))
-    monkeypatch.setattr(experts, "_train", SimpleNamespace(remote=lambda job, *rest: started.append(job) or len(started)))
+    task = SimpleNamespace(remote=lambda job, *rest: started.append(job) or len(started))
+    monkeypatch.setattr(experts, "_train", SimpleNamespace(options=lambda name: task))
     nobody = cast("Any", None)
     fleet = experts._Fleet(ClusterConfig(address=address), Share(cpus=1), there[0], "nowhere", nobody, keep=False)
     job = SimpleNamespace(name="", train=TrainConfig(max_steps=1), memory_bytes=None)

@@ -145,7 +145,9 @@ class _Fleet:
             self._room, self._looked_s = room_now(), now_s
         while queue and (not self._running or fits(queue[0], list(self._running.values()), self._share, self._room)):
             job = queue.popleft()
-            ref = _train.remote(job, self._cluster, self._storage_url, self._board, self._share, self._keep)
+            # The name is what Ray's dashboard and `ray list tasks` show.
+            task = _train.options(name=f"train {job.name}")
+            ref = task.remote(job, self._cluster, self._storage_url, self._board, self._share, self._keep)
             self._running[ref] = job
         if self._cluster.address is not None:
             # Those that wait are unknown to Ray until they start, and with nobody asking no machine would come for them.
