@@ -12,7 +12,10 @@ BIN := .venv/bin
 # Named by content, so that a checkout's new timestamps install nothing and another pyproject.toml does.
 STAMP := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
 
-.PHONY: help install quickstart test check bench clean
+# Where it is set, as in many containers, each of hundreds of processes would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help install quickstart test nightly check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,11 +43,15 @@ quickstart: install ## Train a small model on real photographs, release it, upsa
 	@echo "MLflow:   $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 
 # One thread a process: workers of one test share the cores, and sums come out in the same order everywhere. Two processes, because tests
-# with Ray mostly wait; who gets which is in tests/conftest.py, and those that take longest come first.
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: check ## Everything CI checks: `make check`, then every test that needs no GPU (half an hour, on slow shared cores more than twice that)
-	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(wildcard tests/chaos tests/distributed tests/unit tests/contracts)
+# with Ray also wait; who gets which is in tests/conftest.py, and those that take longest come first.
+test nightly: export OMP_NUM_THREADS := 1
+test nightly: export MKL_NUM_THREADS := 1
+test nightly: PYTEST = $(BIN)/python -m pytest -n 2 $(wildcard tests/chaos tests/distributed tests/unit tests/contracts)
+test: check ## Everything CI checks: `make check`, then the tests (about an hour on two slow cores)
+	@$(PYTEST) -m "not gpu and not nightly"
+
+nightly: check ## The same with further cases of the longest tests
+	@$(PYTEST) -m "not gpu"
 
 check: install ## Lint, formatting, types, import directions, Dockerfiles, shell scripts
 	@$(BIN)/ruff check .

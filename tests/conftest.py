@@ -22,6 +22,22 @@ if find_spec("hypothesis") is not None:
 
 SHARED_CLUSTERS = ("tests/chaos/", "tests/distributed/")
 """Folders whose tests share what takes long to start, and so stay in one process each."""
+OWN_PROCESSES = (
+    "test_data_from_s3",
+    "test_deepspeed_engine",
+    "test_full_method",
+    "test_growing",
+    "test_guarded_training",
+    "test_jobs",
+    "test_mlflow_outage",
+    "test_mlflow_server",
+    "test_quickstart",
+    "test_registry_server",
+    "test_s3_storage",
+    "test_shard_cache_shared",
+    "test_sharded_network",
+)
+"""Files in those folders that start what they need themselves: whichever process is free takes them."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,7 +47,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class FolderScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((folder for folder in SHARED_CLUSTERS if nodeid.startswith(folder)), nodeid.split("::", 1)[0])
+            file = nodeid.split("::", 1)[0]
+            folder = next((folder for folder in SHARED_CLUSTERS if file.startswith(folder)), file)
+            return file if Path(file).stem in OWN_PROCESSES else folder
 
     config.option.loadscopereorder = False
     return FolderScheduling(config, log)

@@ -68,11 +68,14 @@ class Driver:
             self.folders |= {"/".join(path.split("/")[:3]) for path in opened if path.startswith("/tmp/linearsr-")}
 
     def wait_for(self, condition: Callable[[], bool], limit_s: float = 300.0) -> None:
-        end = time.monotonic() + limit_s
+        end, next_look = time.monotonic() + limit_s, 0.0
         while not condition():
             assert self.process.poll() is None, self.said[-4000:]
             assert time.monotonic() < end, self.said[-4000:]
-            self.look()
+            if time.monotonic() >= next_look:
+                self.look()
+                # A look takes time from what it looks at.
+                next_look = time.monotonic() + 2
             time.sleep(0.2)
 
     def kill(self) -> None:

@@ -58,6 +58,7 @@ def test_storage_that_fails_a_tenth_of_its_calls(undisturbed: Path, tmp_path: Pa
 
 
 @pytest.mark.server
+@pytest.mark.nightly
 def test_storage_that_is_away_for_longer_than_anybody_waits(tmp_path: Path) -> None:
     """The loader gives up, and its worker with it; Ray Train starts another, which goes on from the checkpoint."""
     from flaky_s3 import flaky_s3
@@ -125,12 +126,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_for_a_while(undisturbed: Path, tmp_path: Path, disk: Path) -> None:
+@pytest.mark.parametrize("stages", [(2,), pytest.param((1, 3), marks=pytest.mark.nightly)])
+def test_a_disk_that_is_full_for_a_while(undisturbed: Path, tmp_path: Path, disk: Path, stages: tuple[int, ...]) -> None:
     from three_stages import STEPS, Watch, assert_equal, jobs_of, note, train
     from toy_training import toy_cluster
 
     # Slow, so that the last to start still trains when the first has had its trouble.
-    jobs = jobs_of(tmp_path, pause_s=0.5)
+    jobs = jobs_of(tmp_path, stages=stages, pause_s=0.5)
     names = [job.name for job in jobs]
     ballast = disk / "ballast"
     refused: dict[str, int] = {}

@@ -64,7 +64,7 @@ def told(code: str, cluster: Cluster, folder: Path) -> list[str]:
     code = f"import sys\nfrom pathlib import Path\naddress, folder = sys.argv[1], Path(sys.argv[2])\n{code}"
     address, environment = cluster
     command = [sys.executable, "-c", code, address, str(folder)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -75,5 +75,6 @@ def test_experts_make_a_cluster_grow_until_all_of_them_train(cluster: Cluster, t
     assert told(NODES, cluster, tmp_path) == ["1"]
 
 
+@pytest.mark.nightly
 def test_trials_make_a_cluster_grow_to_as_many_as_the_recipe_wants_at_once(cluster: Cluster, tmp_path: Path) -> None:
     assert told(TRIALS, cluster, tmp_path) == ["1.0 2.0"]

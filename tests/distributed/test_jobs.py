@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,12 +41,17 @@ class Head:
         return {**kept, **({"RAY_AUTH_TOKEN": given} if given else {}), "HOME": "/nonexistent"}
 
     def log_has(self, job: str, text: str, seconds: float = 300) -> bool:
-        end = time.monotonic() + seconds
-        while text not in self.linearsr("logs", job).stdout:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.5)
-        return True
+        """Follow a job's log until it has the text; a process for every look would take a core from the job."""
+        command = [sys.executable, "-m", "linearsr_platform", "logs", job, "-f", "--address", self.address]
+        with subprocess.Popen(command, env=self.env(), stdout=subprocess.PIPE, text=True) as follower:
+            late = threading.Timer(seconds, follower.kill)
+            late.start()
+            assert follower.stdout is not None
+            try:
+                return any(text in line for line in follower.stdout)
+            finally:
+                late.cancel()
+                follower.kill()
 
 
 @pytest.fixture(scope="module")

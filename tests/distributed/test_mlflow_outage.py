@@ -41,7 +41,7 @@ def history(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]
     return [(point.step, point.value, point.timestamp / 1000 - START_S) for point in client.get_metric_history(run_id, "loss")]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL, signal.SIGSTOP])
 def test_training_goes_on_without_the_server_and_nothing_is_lost(server: MlflowServer, how: signal.Signals, tmp_path: Path) -> None:
     told: list[str] = []
     slowest_s = 0.0
