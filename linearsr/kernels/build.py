@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from linearsr.kernels.library import Kernels, KernelsError
 
-SOURCES = ("gated_depthwise.cpp", "relu_attention.cpp", "luminance_error.cpp")
+SOURCES = ("gated_depthwise.cpp", "relu_attention.cpp", "luminance_psnr.cpp")
 HEADER = "vector.hpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-pthread")
 

@@ -80,14 +80,15 @@ class Kernels:
         self._call("relu_attention_backward", _is_half(qkv_BNC3), *tensors, batch, tokens, heads, eps, torch.get_num_threads())
         return grad_qkv
 
-    def luminance_error(self, x: Tensor, y: Tensor, weights: tuple[float, float, float]) -> Tensor:
-        """Return the mean square of a weighted sum of channels of x - y, (B,) float64, for two (B, 3, H, W) in any layout."""
+    def luminance_psnr(self, x: Tensor, y: Tensor, weights: tuple[float, float, float], peak: float, limit_db: float) -> Tensor:
+        """Return the PSNR in dB, at most `limit_db`, of a weighted sum of channels, (B,) float64, for two (B, 3, H, W) in any layout."""
         x, y = x.float(), y.float()
-        mean, scales = x.new_empty(len(x), dtype=torch.float64), x.new_tensor(weights)
+        psnr = torch.empty(len(x), dtype=torch.float64)
         interleaved = all(picture.is_contiguous(memory_format=torch.channels_last) for picture in (x, y))
         pixels = [picture.permute(0, 2, 3, 1) if interleaved else picture.contiguous() for picture in (x, y)]
-        self._call("luminance_error", *pixels, scales, mean, len(x), x.shape[2] * x.shape[3], int(interleaved))
-        return mean
+        numbers = (*map(float, (*weights, peak, limit_db)), len(x), x.shape[2] * x.shape[3], int(interleaved))
+        self._call("luminance_psnr", *pixels, psnr, *numbers)
+        return psnr
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
         """Call a function of the library: tensors are pointers there, numbers `long` and `float`."""

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
@@ -48,6 +49,21 @@ INLINE void store(bfloat16* to, Vector value) {
     Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Halves halves = __builtin_convertvector(value == value ? rounded : Bits{} + 0x7fc0, Halves);
     std::memcpy(to, &halves, sizeof halves);
+}
+
+template <long BY, long... LANE>
+INLINE Vector rotated(Vector value, std::integer_sequence<long, LANE...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(value, value, ((LANE + BY) % LANES)...);
+#else
+    return __builtin_shuffle(value, Integers{((LANE + BY) % LANES)...});
+#endif
+}
+
+// Lane i gets what lane i + BY had, and the last lanes what the first had.
+template <long BY>
+INLINE Vector rotated(Vector value) {
+    return rotated<BY>(value, std::make_integer_sequence<long, LANES>());
 }
 
 // The last `count` values of an axis, which may not fill a vector; the rest of it is 0.
