@@ -1,4 +1,4 @@
-"""C++ kernels for a CPU, as an option: the parts of a network between its matrix products, and the error of luminance.
+"""C++ kernels for a CPU, as an option: the parts of a network between its matrix products, and PSNR of luminance.
 
 Nothing here is needed: plain torch computes the same, and is the default. A machine compiles the sources beside this file for itself, once
 (`linearsr.kernels.build`); they know nothing of torch or Python, so that a compiler is all it takes.
