@@ -216,28 +216,32 @@ struct Pass {
     Shape shape;
 };
 
-template <class Value>
-void forward(const Pass& pass) {
+// Call work(unit, at, at_qkv) for every head of every sample: `unit` counts them, and their first values are at `at` of (batch, tokens,
+// heads D) and at `at_qkv` of `qkv`.
+template <class Work>
+void for_each_head(const Pass& pass, Work work) {
     in_parallel(pass.batch * pass.shape.heads, pass.threads, [=](long first, long last) {
         for (long unit = first; unit < last; unit++) {
-            long token = unit / pass.shape.heads * pass.shape.tokens, channel = unit % pass.shape.heads * D, width = pass.shape.width;
-            forward_head<Value>(static_cast<const Value*>(pass.qkv) + token * 3 * width + channel,
-                            static_cast<Value*>(pass.out_to) + token * width + channel, pass.normaliser + unit * pass.shape.tokens,
-                            pass.state + unit * State::SIZE, pass.shape);
+            long row = unit / pass.shape.heads * pass.shape.tokens * pass.shape.width, channel = unit % pass.shape.heads * D;
+            work(unit, row + channel, 3 * row + channel);
         }
     });
 }
 
 template <class Value>
+void forward(const Pass& pass) {
+    for_each_head(pass, [=](long unit, long at, long at_qkv) {
+        forward_head<Value>(static_cast<const Value*>(pass.qkv) + at_qkv, static_cast<Value*>(pass.out_to) + at,
+                            pass.normaliser + unit * pass.shape.tokens, pass.state + unit * State::SIZE, pass.shape);
+    });
+}
+
+template <class Value>
 void backward(const Pass& pass) {
-    in_parallel(pass.batch * pass.shape.heads, pass.threads, [=](long first, long last) {
-        for (long unit = first; unit < last; unit++) {
-            long token = unit / pass.shape.heads * pass.shape.tokens, channel = unit % pass.shape.heads * D, width = pass.shape.width;
-            backward_head<Value>(static_cast<const Value*>(pass.qkv) + token * 3 * width + channel,
-                             static_cast<const Value*>(pass.out) + token * width + channel, pass.normaliser + unit * pass.shape.tokens,
-                             pass.state + unit * State::SIZE, static_cast<const Value*>(pass.grad_out) + token * width + channel,
-                             static_cast<Value*>(pass.grad_qkv) + token * 3 * width + channel, pass.shape);
-        }
+    for_each_head(pass, [=](long unit, long at, long at_qkv) {
+        backward_head<Value>(static_cast<const Value*>(pass.qkv) + at_qkv, static_cast<const Value*>(pass.out) + at,
+                             pass.normaliser + unit * pass.shape.tokens, pass.state + unit * State::SIZE,
+                             static_cast<const Value*>(pass.grad_out) + at, static_cast<Value*>(pass.grad_qkv) + at_qkv, pass.shape);
     });
 }
 
