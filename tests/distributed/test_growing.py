@@ -9,6 +9,15 @@ import pytest
 
 pytestmark = pytest.mark.ray
 Cluster = tuple[str, dict[str, str]]
+# Not on the standard output, where Ray writes to every driver that something waits for a machine.
+ANSWER = """
+import sys
+from pathlib import Path
+address, folder = sys.argv[1], Path(sys.argv[2])
+
+def answer(*words):
+    (folder / "answer").write_text(" ".join(map(str, words)))
+"""
 EXPERTS = """
 from linearsr_platform.cluster.board import ProgressBoard
 from linearsr_platform.cluster.experts import fit_all
@@ -22,7 +31,7 @@ with cluster_session(cluster):
     jobs = [toy_job(folder, name, pause_s=0.8, task="MeetingToyTask", pids=True) for name in ("one", "two")]
     fit_all(jobs, cluster, storage_url=str(folder / "ray"), board=board, on_poll=told.extend)
     board.close()
-print(*[event.kind for event in told if event.kind in ("start", "end")])
+answer(*[event.kind for event in told if event.kind in ("start", "end")])
 """
 TRIALS = """
 import threading, time
@@ -39,7 +48,7 @@ with tiny_search(folder, {"cluster.address": address, "search.max_concurrent": 2
     run_to(context, "profile")
     threading.Thread(target=watch, daemon=True).start()
     run_to(context, "trials")
-    print(seen[0], max(seen))
+    answer(seen[0], max(seen))
 """
 NODES = """
 import time, ray
@@ -47,7 +56,7 @@ ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 end = time.monotonic() + 90
 while (count := sum(node["Alive"] for node in ray.nodes())) > 1 and time.monotonic() < end:
     time.sleep(0.5)
-print(count)
+answer(count)
 """
 
 
@@ -59,22 +68,21 @@ def cluster() -> Iterator[Cluster]:
         yield started
 
 
-def told(code: str, cluster: Cluster, folder: Path) -> list[str]:
-    """Run Python code in another process, since this one may be on another cluster, and return the lines that it prints."""
-    code = f"import sys\nfrom pathlib import Path\naddress, folder = sys.argv[1], Path(sys.argv[2])\n{code}"
+def told(code: str, cluster: Cluster, folder: Path) -> str:
+    """Run Python code in another process, since this one may be on another cluster, and return what it passes to `answer`."""
     address, environment = cluster
-    command = [sys.executable, "-c", code, address, str(folder)]
+    command = [sys.executable, "-c", ANSWER + code, address, str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return (folder / "answer").read_text()
 
 
 def test_experts_make_a_cluster_grow_until_all_of_them_train(cluster: Cluster, tmp_path: Path) -> None:
-    assert told(EXPERTS, cluster, tmp_path) == ["start start end end"]
+    assert told(EXPERTS, cluster, tmp_path) == "start start end end"
     # Asked for no longer, idle machines go.
-    assert told(NODES, cluster, tmp_path) == ["1"]
+    assert told(NODES, cluster, tmp_path) == "1"
 
 
 @pytest.mark.nightly
 def test_trials_make_a_cluster_grow_to_as_many_as_the_recipe_wants_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    assert told(TRIALS, cluster, tmp_path) == ["1.0 2.0"]
+    assert told(TRIALS, cluster, tmp_path) == "1.0 2.0"
