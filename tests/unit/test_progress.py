@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from linearsr_platform.cli.progress import LiveDisplay, PlainDisplay, clock_time, make_display
+from linearsr_platform.cli.progress import LiveDisplay, PlainDisplay, clock_time, display_beside_result, make_display
 from linearsr_platform.cli.search_table import print_search
 from linearsr_platform.report.search_model import Comparison, SearchReport, TrialRow, ranked
 
@@ -242,6 +242,16 @@ def test_display_can_be_forced(monkeypatch):
     monkeypatch.setenv("CI", "true")
     assert type(make_display(terminal(), is_terminal=True)) is LiveDisplay
     assert type(make_display(terminal(), is_terminal=False)) is PlainDisplay
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_standard_output_belongs_to_json_whoever_writes_there(capsys, as_json):
+    with display_beside_result(as_json=as_json) as display:
+        display.message("shown")
+        print("a library's line")
+    print("the result")
+    lines = "[0:00] shown\na library's line\n"
+    assert capsys.readouterr() == (("the result\n", lines) if as_json else (f"{lines}the result\n", ""))
 
 
 def test_clock_reads_minutes_and_hours():

@@ -55,11 +55,9 @@ DOCTOR: dict[str, Callable[..., None]] = {"resume": resume}
 
 
 def _check(loaded: "LoadedRecipe", steps: int, workers: int | None, *, as_json: bool, verbose: bool) -> "ResumeCheck":
-    from rich.console import Console
-
     from linearsr_platform import storage
     from linearsr_platform.cli.execute import bring_secrets_of
-    from linearsr_platform.cli.progress import make_display
+    from linearsr_platform.cli.progress import display_beside_result
     from linearsr_platform.cluster.session import cluster_session
     from linearsr_platform.cluster.sight import require_shared_files
     from linearsr_platform.stages.context import RecipeContext
@@ -71,7 +69,7 @@ def _check(loaded: "LoadedRecipe", steps: int, workers: int | None, *, as_json: 
         closing.enter_context(cluster_session(loaded.recipe.cluster, verbose=verbose))
         require_shared_files(loaded.recipe)
 
-    with ExitStack() as closing, make_display(Console(stderr=True) if as_json else None) as display:
+    with display_beside_result(as_json=as_json) as display, ExitStack() as closing:
         context = RecipeContext(
             loaded=loaded,
             storage_url=storage.absolute(loaded.recipe.storage),

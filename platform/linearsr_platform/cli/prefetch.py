@@ -136,12 +136,10 @@ def _is_users_own(need: "Need") -> bool:
 
 
 def _run(needs: "list[Need]", into: Path, mirror: str | None, *, as_json: bool) -> "list[Outcome]":
-    from rich.console import Console
-
-    from linearsr_platform.cli.progress import make_display
+    from linearsr_platform.cli.progress import display_beside_result
     from linearsr_platform.stages.prefetch import Prefetch
 
-    with make_display(Console(stderr=True) if as_json else None) as display:
+    with display_beside_result(as_json=as_json) as display:
         seen: set[str] = set()
 
         def on_bytes(need: "Need", done: int, total: int) -> None:

@@ -5,9 +5,11 @@ once, or the trials of a search; a stage that ended stays above as one line.
 """
 
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
@@ -333,3 +335,17 @@ def make_display(console: Console | None = None, *, is_terminal: bool | None = N
         on_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         is_terminal = shown_on.is_terminal and not shown_on.is_dumb_terminal and not on_ci
     return LiveDisplay(shown_on) if is_terminal else PlainDisplay(shown_on)
+
+
+@contextmanager
+def display_beside_result(*, as_json: bool) -> Iterator[RunDisplay]:
+    """Yield a display that leaves the standard output to a result where that is JSON, and has others leave it too.
+
+    Ray writes to the standard output of every driver that something waits for a machine, asked for logs or not.
+    """
+    if not as_json:
+        with make_display() as display:
+            yield display
+        return
+    with redirect_stdout(sys.stderr), make_display(Console(stderr=True)) as display:
+        yield display

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 
 from linearsr.enlarge import Enlargement
 from linearsr.residency import Residency
 from linearsr.timing import Stopwatch
 from linearsr_platform import storage
-from linearsr_platform.cli.progress import make_display
+from linearsr_platform.cli.progress import display_beside_result
 from linearsr_platform.data.crew import SerialCrew
 from linearsr_platform.errors import UserError
 from linearsr_platform.recipe.schema import ClusterConfig
@@ -225,7 +224,7 @@ def show(work: Work, do: Do, *, skip: bool, as_json: bool) -> list[Outcome]:
     made = {place: [Outcome(job.name, storage.shown(job.target), "skipped")] for place, job in enumerate(work.jobs) if job in finished}
     places = [place for place in range(len(work.jobs)) if place not in made]
     started_s = time.monotonic()
-    with make_display(Console(stderr=True) if as_json else None) as display:
+    with display_beside_result(as_json=as_json) as display:
         display.stage_started("upscale")
         display.task("upscale", len(work.jobs), "files")
         kept = [line for outcomes in made.values() for outcome in outcomes for line in outcome.lines()]
